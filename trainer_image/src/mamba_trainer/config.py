@@ -203,6 +203,7 @@ class CheckpointConfig(_Group):
     directory: Path = Path("checkpoints")
     interval: int = Field(1_000, ge=0, le=10**9, description="Steps between checkpoints; 0: only at the end and on a stop.")
     keep: int = Field(3, ge=1, le=10_000, description="Verified checkpoints that stay.")
+    initial_weights: Path | None = Field(None, description="Directory made by `mamba-train import` to start from.")
     load: str = Field("auto", description="auto: the newest that verifies; none: start afresh; or the path of one.")
     save_final: bool = Field(True, description="Whether the end of the run is saved as `final/`.")
 
@@ -279,6 +280,28 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+#: Options that say the same in two ways: giving one of a pair takes the other from what it is laid on.
+_RIVALS = {
+    "data": (({"path"}, {"builtin"}),),
+    "training": (({"global_batch_size"}, {"gradient_accumulation_steps"}),),
+}
+
+
+def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`merge`, where an option of `over` also removes its rivals from `base` (a preset's `builtin`, for one)."""
+    cleaned = {key: dict(value) if isinstance(value, Mapping) else value for key, value in base.items()}
+    for group, pairs in _RIVALS.items():
+        given, under = over.get(group), cleaned.get(group)
+        if not isinstance(given, Mapping) or not isinstance(under, dict):
+            continue
+        for one, other in pairs:
+            for mine, theirs in ((one, other), (other, one)):
+                if mine & given.keys():
+                    for key in theirs:
+                        under.pop(key, None)
+    return merge(cleaned, over)
+
+
 def parse_config(raw: Mapping[str, Any]) -> TrainerConfig:
     """A validated configuration from plain data; a preset it names is filled in underneath.
 
@@ -288,7 +311,7 @@ def parse_config(raw: Mapping[str, Any]) -> TrainerConfig:
     name = raw.get("preset")
     base = presets.get(name) if isinstance(name, str) else {}
     try:
-        return TrainerConfig.model_validate(merge(base, raw))
+        return TrainerConfig.model_validate(lay_over(base, raw))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
 
