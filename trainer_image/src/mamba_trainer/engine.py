@@ -102,10 +102,7 @@ def initialize_distributed(device: torch.device) -> dist.ProcessGroup:
     """
     import deepspeed
 
-    quiet_deepspeed()
-    # On CPUs DeepSpeed would compile a collective over /dev/shm at the first start: 30 s, a busy wait that two ranks
-    # on two cores cannot afford, and segments that outlive a killed rank.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    prepare_deepspeed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed.init_distributed(
@@ -114,11 +111,14 @@ def initialize_distributed(device: torch.device) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
-def quiet_deepspeed() -> None:
-    """DeepSpeed logs hundreds of INFO lines of its own; warnings and errors stay."""
+def prepare_deepspeed() -> None:
+    """Settings of the DeepSpeed library that must stand before it joins a process group."""
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING)  # hundreds of INFO lines of its own
+    # On CPUs DeepSpeed would compile a collective over /dev/shm at the first start: 30 s, a busy wait that two ranks
+    # on two cores cannot afford, and segments that outlive a killed rank.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def local_device() -> torch.device:

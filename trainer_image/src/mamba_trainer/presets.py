@@ -30,13 +30,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "training": {
             "sequence_length": 256,
             "global_batch_size": 8,
-            "micro_batch_size": 4,
             "max_steps": 300,
             "learning_rate": 5e-3,
             "warmup_steps": 20,
             "eval_interval": 100,
             "eval_sequences": 64,
         },
+        "reporting": {"log_interval": 10},
         "checkpoint": {"interval": 50},
     },
 }

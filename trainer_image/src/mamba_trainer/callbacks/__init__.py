@@ -1,0 +1,1 @@
+"""Behaviours beside the training loop, one a file."""

@@ -1,0 +1,105 @@
+"""One rank: reads the resolved run, builds, resumes, trains, closes. Started by the launcher, by `deepspeed`, or
+by `torchrun`.
+
+Every end is an exit code of the contract and, through the report board, a reason and a message.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mamba_trainer.contract import Env, ExitCode, Phase, TrainerError, UserError
+from mamba_trainer.report import RankReporter, install_stack_dump
+from mamba_trainer.run import Run
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch first allocates
+
+
+def main(load: Callable[[], Run]) -> None:
+    """Trains what `load` returns. Never returns itself: a rank whose peers are gone would hang in the clean-up."""
+    install_stack_dump()
+    reporter = RankReporter.from_env()
+    code = _guarded(load, reporter)
+    reporter.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _guarded(load: Callable[[], Run], reporter: RankReporter) -> int:
+    try:
+        _train(load(), reporter)
+    except TrainerError as error:
+        reporter.fail(error.reason, str(error))
+        _tell(str(error))
+        return error.exit_code
+    except BaseException as error:
+        if _is_out_of_memory(error):
+            message = _explain_out_of_memory(error)
+            reporter.fail("OutOfMemory", message)
+            _tell(message)
+            return ExitCode.OUT_OF_MEMORY
+        trace = traceback.format_exc()
+        reporter.fail("PeerLost" if _is_peer_lost(error) else "Failure", trace[-2000:])
+        sys.stderr.write(trace)
+        return ExitCode.PEER_LOST if _is_peer_lost(error) else ExitCode.FAILURE
+    reporter.update(phase=Phase.DONE)
+    return ExitCode.DONE
+
+
+def _train(run: Run, reporter: RankReporter) -> None:
+    from mamba_trainer.loop import StopRequest
+
+    stop = StopRequest()
+    # Before the long imports: a stop that arrives during them must not kill the rank.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    from mamba_trainer.session import train
+
+    train(run, reporter, stop)
+
+
+def _tell(message: str) -> None:
+    """Once a job: rank 0 speaks to the person, the others through the report board."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _is_peer_lost(error: BaseException) -> bool:
+    """A collective failed because another rank is gone: gloo and NCCL say so in these words."""
+    import torch
+
+    words = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "remote process exited")
+    return isinstance(error, (RuntimeError, torch.distributed.DistBackendError)) and any(w in str(error) for w in words)
+
+
+def _explain_out_of_memory(error: BaseException) -> str:
+    from mamba_trainer.engine import print_memory_of_failure
+
+    return (
+        f"The GPU ran out of memory: {print_memory_of_failure(error)}\n"
+        "  Settings that need less: training.micro_batch_size 1, training.recompute all, a higher zero_stage, "
+        "offload_optimizer cpu, or more GPUs. `mamba-train plan` shows what fits this card."
+    )
+
+
+def _from_command_line() -> Run:
+    path = sys.argv[1] if len(sys.argv) > 1 else os.environ.get(Env.CONFIG)
+    if not path:
+        raise UserError(f"No run given and {Env.CONFIG} is not set: start with `mamba-train run` or launch_deepspeed.sh.")
+    return Run.read(Path(path))
+
+
+if __name__ == "__main__":
+    main(_from_command_line)

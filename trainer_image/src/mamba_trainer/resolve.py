@@ -1,0 +1,174 @@
+"""From what a person asked for to a run that can start: one place, for every way to start.
+
+All that can be wrong is found here, before a process is started or a byte of GPU memory is taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mamba_trainer import deepspeed_config
+from mamba_trainer.config import TrainerConfig, lay_over, merge, parse_config, read_yaml
+from mamba_trainer.contract import UserError
+from mamba_trainer.plan import Hardware, plan_training
+from mamba_trainer.plan.hardware import detect
+from mamba_trainer.run import Run
+
+DEFAULT_PRESET = "7b_mamba"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of a training command, as given; None: not given."""
+
+    preset: str | None = None
+    config: Path | None = None
+    num_gpus: int | None = None
+    deepspeed_config: Path | None = None
+    load_checkpoint: str | None = None
+    data: Path | None = None
+    checkpoint_dir: Path | None = None
+    max_steps: int | None = None
+    profile: int | None = None
+    settings: list[str] = field(default_factory=list)
+    #: The machine to plan for; None: the one at hand.
+    hardware: Hardware | None = None
+
+
+def resolve(request: Request) -> Run:
+    """
+    Raises:
+        UserError: whatever is wrong with the request, with what to do about it.
+    """
+    at_hand = request.hardware is None
+    hardware = request.hardware or detect(request.checkpoint_dir or Path("checkpoints"))
+    raw = _raw(request, hardware)
+    if request.deepspeed_config is not None:
+        base = lay_over(_preset_of(raw), raw)
+        raw = deepspeed_config.adopt_user_settings(base, deepspeed_config.read_user_file(request.deepspeed_config))
+    config = parse_config(raw)
+    ranks = config.parallelism.num_gpus
+    if at_hand and hardware.gpus and ranks > hardware.gpus:
+        raise UserError(
+            f"{ranks} GPUs were asked for, but this machine has {hardware.gpus}. Use --num_gpus {hardware.gpus}; "
+            "to plan for another machine, name its card: --gpu 'RTX 4090'."
+        )
+    if hardware.gpus:
+        hardware = hardware.model_copy(update={"gpus": ranks // hardware.nodes})
+    return Run(config=config, plan=plan_training(config, hardware), hardware=hardware)
+
+
+def smaller(run: Run) -> Run | None:
+    """The same run in less device memory, after an out-of-memory end; None: there is nothing left to give up.
+
+    Global batch and ZeRO stage stay (a checkpoint depends on them): first the micro-batch halves, then blocks are
+    recomputed.
+    """
+    plan = run.plan
+    if plan.micro_batch_size > 1:
+        change = {"micro_batch_size": max(d for d in range(1, plan.micro_batch_size) if plan.micro_batch_size % d == 0)}
+        change["accumulation_steps"] = plan.accumulation_steps * plan.micro_batch_size // change["micro_batch_size"]
+    elif plan.recompute_every != 1:
+        change = {"recompute_every": 1}
+    else:
+        return None
+    return run.model_copy(update={"plan": plan.model_copy(update=change)})
+
+
+def check_output(run: Run) -> None:
+    """The checkpoint folder can be written and holds what the run will keep at one time.
+
+    Raises:
+        UserError: it cannot, with numbers.
+    """
+    directory = run.config.checkpoint.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint folder {directory} cannot be written: {error.strerror}. Choose another with --checkpoint_dir."
+        ) from None
+    free, needed = shutil.disk_usage(directory).free, run.plan.checkpoint_bytes
+    if free < needed:
+        raise UserError(
+            f"The checkpoint folder {directory} has {free / 1e9:,.1f} GB free, and one checkpoint takes "
+            f"{needed / 1e9:,.1f} GB. Free some, or choose another folder with --checkpoint_dir."
+        )
+
+
+def _raw(request: Request, hardware: Hardware) -> dict[str, Any]:
+    raw: dict[str, Any] = read_yaml(request.config) if request.config else {}
+    if request.preset is not None:
+        if raw.get("preset", request.preset) != request.preset:
+            raise UserError(f"--preset {request.preset} contradicts preset: {raw['preset']} in {request.config}.")
+        raw["preset"] = request.preset
+    if not raw:
+        raw["preset"] = DEFAULT_PRESET
+    if not hardware.gpus and request.preset is None and request.config is None:
+        raise UserError(
+            "This machine has no GPU that PyTorch can use, and the default is the 7B model on all GPUs.\n"
+            "Try the whole trainer on CPU processes with:  --preset tiny --num_gpus 2\n"
+            "To plan for another machine, name its card:   --dry_run --gpu 'RTX 4090' --num_gpus 4"
+        )
+    given = {
+        "checkpoint": {"directory": _text(request.checkpoint_dir), "load": request.load_checkpoint},
+        "data": {"path": _text(request.data)},
+        "training": {"max_steps": request.max_steps},
+        "reporting": {"profile_steps": request.profile},
+    }
+    raw = lay_over(raw, {g: kept for g, values in given.items() if (kept := _given(values))})
+    if request.num_gpus is not None:
+        raw.pop("num_gpus", None)
+        raw = merge(raw, {"parallelism": {"num_gpus": request.num_gpus}})
+    elif "num_gpus" not in raw and "num_gpus" not in raw.get("parallelism", {}):
+        raw = merge(raw, {"parallelism": {"num_gpus": _default_ranks(raw, hardware)}})
+    for setting in request.settings:
+        raw = lay_over(raw, _setting(setting))
+    return raw
+
+
+def _default_ranks(raw: Mapping[str, Any], hardware: Hardware) -> int:
+    """All GPUs, or two CPU processes; fewer where a given global batch can only be split over fewer."""
+    ranks = hardware.gpus or min(2, hardware.cpu_count)
+    batch = lay_over(_preset_of(raw), raw).get("training", {}).get("global_batch_size")
+    if isinstance(batch, int) and batch > 0:
+        ranks = next(n for n in range(min(ranks, batch), 0, -1) if batch % n == 0)
+    return ranks
+
+
+def _preset_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    from mamba_trainer import presets
+
+    name = raw.get("preset")
+    return presets.get(name) if isinstance(name, str) else {}
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """`training.learning_rate=1e-4` -> {"training": {"learning_rate": "1e-4"}}; values are read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes GROUP.OPTION=VALUE, for example training.learning_rate=1e-4, not {text!r}.")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: {value!r} is not a valid value.") from None
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,80 @@
+"""Text from a trained model: for `mamba-train generate`, and at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mamba_trainer.contract import UserError
+from mamba_trainer.run import Run
+
+
+def stream_text(
+    model: Path,
+    prompt: str,
+    *,
+    data: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> Iterator[str]:
+    """The prompt and its continuation, piece by piece.
+
+    Raises:
+        UserError: no model there, or no tokenizer to be found.
+    """
+    import torch
+
+    from mamba_trainer.data.tokenizer import Tokenizer
+    from mamba_trainer.generate import generate, load_for_generation
+
+    tokenizer: Tokenizer = _tokenizer(model, data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_for_generation(model, device, torch.float32)
+    (ids,) = tokenizer.encode_batch([prompt])
+    tokens = [int(i) for i in ids] or [tokenizer.eot_id]
+    shown = ""
+    for token in generate(
+        network, tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        seed=seed, stop_id=tokenizer.eot_id,
+    ):  # fmt: skip
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span tokens
+            yield text[len(shown) :]
+            shown = text
+
+
+def _tokenizer(model: Path, data: Path | None):  # type: ignore[no-untyped-def]
+    from mamba_trainer.data.tokenfile import read_meta
+    from mamba_trainer.data.tokenizer import load_tokenizer, open_tokenizer
+
+    if data is None and (model / "tokenizer.json").is_file():
+        return load_tokenizer(model / "tokenizer.json")
+    if data is None and (run_file := model.parent / "run.json").is_file():
+        data = Run.read(run_file).config.data.path
+    meta = read_meta(data) if data is not None else None
+    if data is None or meta is None:
+        raise UserError(f"There is no tokenizer beside {model}: name the prepared dataset with --data.")
+    return open_tokenizer(data, meta.tokenizer)
+
+
+def print_ending(run: Run) -> None:
+    """A sample, and where everything is."""
+    directory = run.config.checkpoint.directory
+    final = directory / "final"
+    if not final.is_dir():
+        return
+    print("\nThe model continues `def `:\n")
+    for piece in stream_text(
+        final, "def ", data=run.config.data.path, max_new_tokens=120, temperature=0.8, top_k=50, top_p=1.0, seed=0
+    ):
+        print(piece, end="", flush=True)
+    print(
+        f"\n\ncheckpoints: {directory}/ (verified: `mamba-train verify {directory}`)\n"
+        f"data:        {run.config.data.path}\n"
+        f"export:      mamba-train export {final} exported-model --format hf\n"
+        f"generate:    mamba-train generate {final} --prompt 'class '"
+    )
