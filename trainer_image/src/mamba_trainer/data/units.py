@@ -49,8 +49,8 @@ class Block:
         line_end = window.find(b"\n")
         if line_end >= 0:
             return origin + line_end + 1
-        character = next((at for at, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
-        return origin + character
+        head = window[:4]
+        return origin + next((at for at, byte in enumerate(head) if byte & 0xC0 != 0x80), len(head))
 
 
 @dataclass(frozen=True, slots=True)
