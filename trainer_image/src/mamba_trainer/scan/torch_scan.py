@@ -59,7 +59,7 @@ class SelectiveScan(torch.autograd.Function):
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             borders.append(state)
-            states, _ = _states(state, u[:, part], dt[:, part], A, B[:, part])
+            states, _ = scan_states(state, u[:, part], dt[:, part], A, B[:, part])
             y[:, part] = torch.einsum("tben,btn->bte", states, C[:, part])
             state = states[-1].clone()
         ctx.chunk = chunk
@@ -76,7 +76,7 @@ class SelectiveScan(torch.autograd.Function):
         for index in reversed(range(len(borders))):
             part = slice(index * ctx.chunk, (index + 1) * ctx.chunk)
             before = borders[index]
-            states, decay = _states(before, u[:, part], dt[:, part], A, B[:, part])
+            states, decay = scan_states(before, u[:, part], dt[:, part], A, B[:, part])
             dC[:, part] = torch.einsum("tben,bte->btn", states, dy[:, part])
 
             # g_t = dL/dh_t, walked backwards in place: g_t = C_t dy_t + decay_{t+1} g_{t+1}
@@ -98,7 +98,7 @@ class SelectiveScan(torch.autograd.Function):
         return du, ddt, dA, dB, dC
 
 
-def _states(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def scan_states(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """All states of a chunk and the decays, both (time, batch, E, N), time outermost so that a step is contiguous."""
     decay = torch.exp(dt.transpose(0, 1).unsqueeze(-1) * A)
     states = (dt * u).transpose(0, 1).unsqueeze(-1) * B.transpose(0, 1).unsqueeze(2)
