@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mamba_trainer.config import ModelConfig
-from mamba_trainer.contract import UserError
 from mamba_trainer.init import initial_value
 from mamba_trainer.model import FP32_PARAMETERS, Block, MambaLM
 from mamba_trainer.scan import ScanBackend
@@ -33,26 +32,12 @@ def from_safetensors(directory: Path, config: ModelConfig) -> Source:
     """Weights of a directory written by `mamba-train import`, read tensor by tensor.
 
     Raises:
-        UserError: no such file, or a tensor is missing or has another shape; names the first.
+        UserError: no weights there, or a tensor is missing or has another shape; names the first.
     """
-    from safetensors import safe_open
+    from mamba_trainer.convert.weights import open_folder  # which needs the engine, which needs this module
 
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"There is no {path}: make it with `mamba-train import WEIGHTS {directory}`.")
-    shapes = config.parameter_shapes()
-    with safe_open(path, framework="pt") as file:
-        for name, shape in shapes.items():
-            found = tuple(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118
-            if found != shape:
-                raise UserError(f"{path}: {name} is {found or 'missing'}, the model needs {shape}: other model shape?")
-
-    def read(name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor.float()
-
-    return read
+    weights = open_folder(directory).only(config.parameter_shapes())
+    return lambda name: weights.read(name).float()
 
 
 def build_model(
