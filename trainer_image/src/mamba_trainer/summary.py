@@ -1,0 +1,189 @@
+"""The one screen that a run shows before it starts, and the memory table, for a person at a terminal.
+
+Says what is about to happen, what it takes and where things go. Deterministic: same plan, same screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mamba_trainer.config import TrainerConfig
+from mamba_trainer.plan import Hardware, MemoryTable, Term, TrainingPlan, gigabytes
+
+#: Width of the bar of a memory term.
+_BAR = 24
+
+
+def summary(
+    config: TrainerConfig, plan: TrainingPlan, hardware: Hardware, paths: Mapping[str, Path]
+) -> Group:
+    """What a run is about to do. `paths`: what is where, e.g. {"checkpoints": Path("checkpoints")}."""
+    return Group(_facts(config, plan, hardware, paths), Text(), _memory(plan), *_reasons(plan))
+
+
+def render(
+    config: TrainerConfig,
+    plan: TrainingPlan,
+    hardware: Hardware,
+    paths: Mapping[str, Path],
+    *,
+    width: int = 100,
+    color: bool = False,
+) -> str:
+    """`summary` as text of `width` columns."""
+    return to_text(summary(config, plan, hardware, paths), width=width, color=color)
+
+
+def to_text(renderable: RenderableType, *, width: int = 100, color: bool = False) -> str:
+    console = Console(
+        file=StringIO(), width=width, force_terminal=color, color_system="standard" if color else None,
+        highlight=False, emoji=False, markup=False, legacy_windows=False,
+    )  # fmt: skip
+    console.print(renderable)
+    assert isinstance(console.file, StringIO)
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())
+
+
+def _facts(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware, paths: Mapping[str, Path]) -> Table:
+    model, training = config.model, config.training
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    name = f"{config.preset}: " if config.preset else ""
+    table.add_row(
+        "Model",
+        f"{name}Mamba-1, {plan.parameters:,} parameters "
+        f"(d_model {model.d_model}, {model.n_layer} layers, vocabulary {model.padded_vocab_size:,})",
+    )
+    table.add_row("Machine", _machine(plan, hardware))
+    table.add_row("Mode", f"{plan.mode}; {_arithmetic(config, plan)}; {plan.scan_backend} scan")
+    table.add_row(
+        "Batch",
+        f"{training.global_batch_size} sequences = micro-batch {plan.micro_batch_size} "
+        f"x {plan.accumulation_steps} accumulation x {plan.world_size} rank{_plural(plan.world_size)}",
+    )
+    tokens = plan.tokens_per_step
+    table.add_row(
+        "Steps",
+        f"{training.max_steps:,} of {tokens:,} tokens each, {_count(tokens * training.max_steps)} in all; "
+        f"sequences of {training.sequence_length:,}",
+    )
+    table.add_row("Host memory", _host(plan))
+    table.add_row("Checkpoint", _checkpoint(config, plan, hardware))
+    for index, (what, path) in enumerate(paths.items()):
+        table.add_row("Where" if index == 0 else "", f"{what}: {path}")
+    return table
+
+
+def _machine(plan: TrainingPlan, hardware: Hardware) -> str:
+    if plan.device == "cpu":
+        processes = f"{plan.world_size} CPU process{'es' if plan.world_size > 1 else ''}"
+        return f"{processes} on {hardware.cpu_count} cores (no GPU)"
+    nodes = f" on {hardware.nodes} nodes" if hardware.nodes > 1 else ""
+    usable = f", {gigabytes(hardware.gpu_bytes)} usable on each" if hardware.gpu_bytes else ""
+    return f"{plan.world_size} x {hardware.name}{nodes}{usable}"
+
+
+def _arithmetic(config: TrainerConfig, plan: TrainingPlan) -> str:
+    if config.parallelism.master_dtype == "bf16":
+        return f"{plan.precision} with 16-bit master and moments"
+    return str(plan.precision)
+
+
+def _host(plan: TrainingPlan) -> str:
+    if plan.host_total < 1e6:
+        return "nothing beyond the processes"
+    parts = ", ".join(f"{term} {gigabytes(size)}" for term, size in plan.host_memory.items() if size)
+    known = f" of {gigabytes(plan.host_budget)} free" if plan.host_budget is not None else ""
+    return f"{gigabytes(plan.host_total)}{known} per node ({parts}; estimate)"
+
+
+def _checkpoint(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware) -> str:
+    interval = config.checkpoint.interval
+    when = (
+        f"every {interval:,} steps"
+        if interval
+        else "at the end"
+        if config.checkpoint.save_final
+        else "on a stop"
+    )
+    free = f"; {gigabytes(hardware.disk_bytes)} free" if hardware.disk_bytes is not None else ""
+    return (
+        f"{gigabytes(plan.checkpoint_bytes)} {when}, the newest {config.checkpoint.keep} kept "
+        f"(up to {gigabytes(plan.disk_bytes)} of disk{free})"
+    )
+
+
+def _memory(plan: TrainingPlan) -> Group:
+    budget = plan.gpu_budget
+    what = "GPU" if plan.device == "cuda" else "process"
+    used = gigabytes(plan.gpu_total) + (f" of {gigabytes(budget)}" if budget else "")
+    title = f"Memory per {what}: {used} (estimate), at its peak in the {plan.peak_phase}"
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    scale = max(budget or 0, plan.gpu_total)
+    for term, size in plan.gpu_memory.items():
+        if size:
+            table.add_row(f"  {_words(term, plan)}", gigabytes(size), "█" * round(_BAR * size / scale))
+    if budget:
+        free = budget - plan.gpu_total
+        table.add_row("  free", gigabytes(free), f"{'░' * round(_BAR * free / scale)} {free / budget:.0%}")
+    return Group(Text(title, style="bold"), table)
+
+
+def _words(term: Term, plan: TrainingPlan) -> str:
+    if term is Term.KEPT and plan.recompute_every:
+        return "recompute boundaries"
+    if term is Term.CONTEXT and plan.device == "cpu":
+        return "process itself"
+    return str(term)
+
+
+def _reasons(plan: TrainingPlan) -> list[RenderableType]:
+    if not plan.reasons:
+        return []
+    table = Table.grid(padding=(0, 1))
+    for reason in plan.reasons:
+        table.add_row("-", reason)
+    return [Text(), Text("Why", style="bold"), table]
+
+
+def memory_screen(table: MemoryTable) -> Group:
+    """The table of `--check_memory`."""
+    card = "CPU processes" if table.usable_bytes is None else f"{table.card} GPUs"
+    usable = "" if table.usable_bytes is None else f" ({gigabytes(table.usable_bytes)} usable on each)"
+    heading = (
+        f"{table.preset or 'This model'}, {table.parameters:,} parameters, on 1 to 8 {card}{usable}\n"
+        f"Estimated GB per {'process' if table.usable_bytes is None else 'GPU'}; * fits"
+    )
+    screen = Table(box=None, padding=(0, 1, 0, 0))
+    screen.add_column("Mode", no_wrap=True)
+    for cell in table.rows[0].cells:
+        screen.add_column(f"{cell.gpus} ", justify="right", no_wrap=True)
+    screen.add_column("host RAM", justify="right", no_wrap=True)
+    for row in table.rows:
+        cells = [f"{cell.gpu_bytes / 1e9:.1f}{'*' if cell.fits else ' '}" for cell in row.cells]
+        screen.add_row(row.mode, *cells, f"<= {gigabytes(max(cell.host_bytes for cell in row.cells))}")
+    notes = Table.grid(padding=(0, 1))
+    for note in table.notes:
+        notes.add_row("-", note)
+    return Group(Text(heading, style="bold"), Text(), screen, Text(), notes)
+
+
+def _plural(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:,.0f}"
