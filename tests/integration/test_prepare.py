@@ -31,7 +31,7 @@ def corpus(tmp_path) -> Path:
     """A few megabytes of real source in folders, with a file that is no text."""
     folder = tmp_path / "corpus"
     for name in ("asyncio", "email", "json", "unittest", "xml", "encodings"):
-        shutil.copytree(PACKAGES / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGES / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.rst"))
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "image.bin").write_bytes(b"GIF\0\0")
     return folder
@@ -75,9 +75,8 @@ def test_copies_of_a_document_never_stand_in_both_splits(tmp_path):
     documents = {}
     for split in ("train", "validation"):
         _, stream = open_stream(tmp_path / "out", split)
-        documents[split] = {
-            bytes(d) for d in np.split(stream.tokens.astype("u1"), stream.document_offsets[:-1])[1:]
-        }
+        parts = np.split(stream.tokens.astype("u1"), stream.document_offsets[:-1])
+        documents[split] = {bytes(part) for part in parts[1:]}
     assert len(documents["train"]) + len(documents["validation"]) == 100
     assert not documents["train"] & documents["validation"]
 
@@ -170,9 +169,15 @@ def test_a_record_that_cannot_be_read_ends_a_parallel_preparation_with_its_place
     lines = ['{"text": "%s"}' % ("x" * 1000)] * 4_000
     lines[3_000] = '{"text": '
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"lines.jsonl, byte 3,036,000: not a JSON record"):
+    with pytest.raises(UserError, match=r"lines.jsonl, byte 3,039,000: not a JSON record"):
         prepare(tmp_path / "lines.jsonl", tmp_path / "out", workers=2)
     assert set(content(tmp_path / "out")) == {".prepare.lock"}
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file/out: Not a directory"):
+        prepare(corpus, tmp_path / "file" / "out")
 
 
 def test_too_little_space_is_refused_with_both_numbers(tmp_path):
@@ -195,11 +200,11 @@ if __name__ == "__main__":
 
 
 @contextlib.contextmanager
-def slow_preparation(corpus: Path, out: Path, seconds: float = 0.5) -> Iterator[subprocess.Popen[str]]:
+def slow_preparation(source: Path | str, out: Path, seconds: float = 0.5) -> Iterator[subprocess.Popen[str]]:
     """A preparation in a process group of its own, that has begun to write."""
     script = out.parent / "slow_preparation.py"
     script.write_text(SLOW_PREPARATION)
-    command = [sys.executable, script, corpus, out, str(seconds)]
+    command = [sys.executable, script, source, out, str(seconds)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -249,8 +254,8 @@ def test_a_killed_preparation_leaves_no_workers_and_the_next_one_completes(corpu
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
-def test_a_worker_killed_from_outside_ends_the_preparation_with_the_likely_cause(corpus, tmp_path):
-    with slow_preparation(corpus, tmp_path / "out") as process:
+def test_a_worker_killed_from_outside_ends_the_preparation_with_the_likely_cause(tmp_path):
+    with slow_preparation("python-stdlib", tmp_path / "out") as process:
         workers = psutil.Process(process.pid).children(recursive=True)
         next(worker for worker in workers if "spawn_main" in " ".join(worker.cmdline())).kill()
         _, errors = process.communicate(timeout=30)

@@ -1,9 +1,9 @@
 """The baseline a trained model has to beat: a bigram model's bits per byte on the same held-out text.
 
 Interpolated Kneser-Ney: P(b | a) = max(c(ab) - d, 0) / c(a) + d * n(a) / c(a) * P(b), where n(a) is how many
-different tokens were seen after a, and P(b) is the share of all different pairs that end in b. With the
-discount d chosen on the tail of the training split, this is about the best that two adjacent symbols can tell.
-Reported for the tokens a model is trained on, and for the bytes of the same text.
+different tokens were seen after a, and P(b) is the share of all different pairs that end in b. With d chosen
+on the tail of the training split, this is about the best that two adjacent symbols can tell. Reported for the
+tokens a model is trained on, and for the bytes of the same text.
 """
 
 from __future__ import annotations

@@ -1,25 +1,34 @@
 """Runs a function over many items in worker processes and yields the results in order.
 
-Order and a bounded number of items under way are what `prepare` needs beyond `ProcessPoolExecutor`, and that
-no worker outlives its parent, however it ends. Workers are spawned, not forked: the caller may have threads.
+`ProcessPoolExecutor` cannot serve here: its workers share one pipe for their results, so a worker killed
+while it writes a large one (as for lack of memory) leaves the parent waiting for ever. Here each worker has a
+pipe of its own, whose end tells either side that the other is gone: the parent never waits for a dead worker,
+and no worker outlives its parent, however that ends. Workers are spawned, as the caller may have threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from mamba_trainer.contract import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
 
 
 def available_cpus() -> int:
@@ -33,48 +42,91 @@ def ordered_map(
     if workers == 1:
         yield from map(function, items)
         return
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(function,),
-    )
+    with _crew(function, workers) as idle:
+        yield from _in_order(idle, enumerate(items), most_ahead=4 * workers)
+
+
+def _in_order(
+    idle: list[Connection], numbered: Iterator[tuple[int, Any]], most_ahead: int
+) -> Generator[Any, None, None]:
+    """Hands items to idle workers; keeps at most `most_ahead` results behind a slow one."""
+    running: dict[Connection, int] = {}
+    finished: dict[int, Any] = {}
+    following = 0
+    upcoming = next(numbered, None)
+    while upcoming or running:
+        while upcoming and idle and upcoming[0] < following + most_ahead:
+            number, item = upcoming
+            worker = idle.pop()
+            running[worker] = number
+            with contextlib.suppress(ConnectionError):  # found dead when its result is asked for
+                worker.send(item)
+            upcoming = next(numbered, None)
+        ready = wait(running)
+        for worker in [each for each in running if each in ready]:
+            finished[running.pop(worker)] = _receive(worker)
+            idle.append(worker)
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
+
+
+def _receive(worker: Connection) -> Any:
     try:
-        pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(executor.submit(_apply, item))
-            # Enough to keep all busy behind one slow item, and a bound on what waits in memory.
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
+        result = worker.recv()
+    except (EOFError, OSError) as error:  # dead before, or in the midst of writing, its result
         raise UserError(
             "a worker process was killed, most often for lack of memory: run again with fewer --workers"
         ) from error
+    if isinstance(result, _Failure):
+        raise result.error
+    return result
+
+
+@contextlib.contextmanager
+def _crew(function: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]]:
+    context = multiprocessing.get_context("spawn")
+    processes: list[SpawnProcess] = []
+    connections: list[Connection] = []
+    try:
+        with _interrupts_held_back():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(function, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections.append(ours)
+        yield list(connections)
     finally:
-        executor.shutdown(cancel_futures=True)
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
-def _start_worker(function: Callable[[Item], Result]) -> None:
-    global _function
-    _function = function
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started here never see a Ctrl-C, which reaches the whole group: their parent ends them."""
+    resource_tracker.ensure_running()  # starting it within would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(function: Callable[[Any], Any], parent: Connection) -> None:
     # One process a core already: threads of the tokenizer would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-_function: Callable[[Any], Any]
-
-
-def _apply(item: Any) -> Any:
-    return _function(item)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            item = parent.recv()
+            try:
+                result = function(item)
+            except Exception as error:
+                error.add_note("in a worker process:\n" + traceback.format_exc())
+                result = _Failure(error)
+            parent.send(result)
