@@ -232,8 +232,7 @@ class TrainerConfig(_Group):
     def _read(cls, raw: Any) -> Any:
         if not isinstance(raw, Mapping):
             return raw
-        refuse_future_modes(raw)
-        return translate_guide_keys(raw)
+        return translate_guide_keys(refuse_future_modes(raw))
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainerConfig:

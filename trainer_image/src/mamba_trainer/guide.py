@@ -42,7 +42,9 @@ def translate_guide_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(target, dict):
             continue
         if target.get(new, value) != value:
-            raise ValueError(f"{old} ({value}) and {new} ({target[new]}) mean the same and differ: remove one")
+            raise ValueError(
+                f"{old} ({value}) and {new} ({target[new]}) mean the same and differ: remove one"
+            )
         target[new] = value
     _fold_accumulation(groups)
     return groups
@@ -59,7 +61,9 @@ def _fold_accumulation(groups: dict[str, Any]) -> None:
     try:
         product = int(accumulation) * int(ranks) * (1 if micro == "auto" else int(micro))
     except (TypeError, ValueError):
-        raise ValueError("batch_size, gradient_accumulation_steps and num_gpus must be whole numbers") from None
+        raise ValueError(
+            "batch_size, gradient_accumulation_steps and num_gpus must be whole numbers"
+        ) from None
     given = training.setdefault("global_batch_size", product)
     if given != product:
         raise ValueError(
@@ -68,11 +72,23 @@ def _fold_accumulation(groups: dict[str, Any]) -> None:
         )
 
 
-def refuse_future_modes(raw: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option of a mode that is not built yet, unless it is switched off (1, false, null)."""
-    for group in (raw, raw.get("parallelism"), raw.get("training")):
-        if not isinstance(group, Mapping):
-            continue
-        for key, reason in _FUTURE_MODES.items():
-            if group.get(key) not in (None, 1, False, "none"):
-                raise ValueError(f"{key}: {reason}")
+def refuse_future_modes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` without the options of modes that are not built yet, where they are off (1, false, null, none).
+
+    Raises:
+        ValueError: one is switched on; says why it cannot be.
+    """
+    groups = {
+        key: _without_future_modes(raw[key])
+        for key in ("parallelism", "training")
+        if isinstance(raw.get(key), Mapping)
+    }
+    return _without_future_modes({**raw, **groups})
+
+
+def _without_future_modes(group: Mapping[str, Any]) -> dict[str, Any]:
+    for key, reason in _FUTURE_MODES.items():
+        value = group.get(key)
+        if value is True or value not in (None, 1, False, "none"):  # True equals 1, but asks for the mode
+            raise ValueError(f"{key}: {reason}")
+    return {key: value for key, value in group.items() if key not in _FUTURE_MODES}
