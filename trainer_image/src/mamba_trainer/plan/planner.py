@@ -20,8 +20,8 @@ def plan_training(config: TrainerConfig, hardware: Hardware) -> TrainingPlan:
 
     Raises:
         UserError: wrong world size, a precision that the machine lacks, a full disk, or nothing fits. The
-            message holds the numbers, the term that is too big and the nearest settings that fit, or says that
-            none does.
+            message holds the numbers, the term that is too big and the nearest settings that fit, or says
+            that none does.
     """
     _check_ranks(config, hardware)
     found = search(config, hardware)
@@ -113,8 +113,8 @@ def _check_disk(config: TrainerConfig, hardware: Hardware, size: int) -> None:
     if saves and hardware.disk_bytes is not None and hardware.disk_bytes < size:
         raise UserError(
             f"A checkpoint takes {gigabytes(size)}, but {config.checkpoint.directory} has "
-            f"{gigabytes(hardware.disk_bytes)} free. Free some space, or set checkpoint.directory to a larger "
-            "disk."
+            f"{gigabytes(hardware.disk_bytes)} free. Free some space, or set checkpoint.directory to a "
+            "larger disk."
         )
 
 
