@@ -1,7 +1,10 @@
 """Windows of tokens: each token is a target once, and data that does not fit the model is refused."""
 
 import math
+import pkgutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamba_trainer import data
 from mamba_trainer.contract import UserError
 from mamba_trainer.data.dataset import (
     TokenDataset,
@@ -51,6 +55,14 @@ def write_megatron(stem: Path, documents: list[list[list[int]]], code: int = 8, 
 def dataset_of(tokens: int, sequence_length: int) -> TokenDataset:
     stream = TokenStream(np.arange(tokens, dtype="<u2"), np.array([0, tokens]), None, "numbers")
     return TokenDataset(stream, sequence_length, None)
+
+
+def test_data_is_read_and_prepared_without_torch_and_without_the_libraries_of_other_formats():
+    modules = [module.name for module in pkgutil.iter_modules(data.__path__, "mamba_trainer.data.")]
+    assert "mamba_trainer.data.prepare" in modules
+    heavy = ["torch", "transformers", "datasets", "pyarrow"]
+    program = f"import sys, {', '.join(modules)}; sys.exit(bool(set({heavy}) & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_a_window_holds_its_inputs_and_one_more_token_for_the_last_target():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import datasets
 import pyarrow as pa
@@ -124,6 +125,15 @@ def test_a_changed_file_changes_the_fingerprint_and_a_moved_folder_does_not(tmp_
     (folder / "a.txt").write_text("two")
     os.utime(folder / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert open_source(folder).sha256 != before
+
+
+@pytest.mark.parametrize(("name", "module"), [("rows.parquet", "pyarrow"), ("saved", "datasets")])
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch, name, module):
+    pq.write_table(pa.table({"text": ["row"]}), tmp_path / "rows.parquet")
+    datasets.Dataset.from_dict({"text": ["row"]}).save_to_disk(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"`{module}` is needed .*pip install 'mamba-trainer\[data\]'"):
+        open_source(tmp_path / name)
 
 
 def write_bad_sources(folder):

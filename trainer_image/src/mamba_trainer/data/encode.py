@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,8 @@ from mamba_trainer.data.tokenfile import Split, stored
 from mamba_trainer.data.tokenizer import Ids, Tokenizer
 from mamba_trainer.data.units import Unit
 
-#: Documents that are tokenised together: a tokenizer needs a hundred times the memory of the ids it returns.
-_BATCH_DOCUMENTS = 64
+#: Text that is tokenised together: a tokenizer takes about a hundred times its memory.
+_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Encoder:
     def __call__(self, unit: Unit) -> EncodedUnit:
         gathered: dict[Split, _Documents] = {"train": _Documents(), "validation": _Documents()}
         skipped = 0
-        documents = read_documents(unit)
-        while batch := list(islice(documents, _BATCH_DOCUMENTS)):
+        for batch in _batches(read_documents(unit)):
             texts = [(raw, text) for raw in batch if (text := decode_text(raw)) is not None]
             skipped += len(batch) - len(texts)
             for (raw, _), ids in zip(
@@ -76,6 +74,19 @@ class Encoder:
         for ids, end in zip(documents.encoded, np.cumsum(lengths), strict=True):
             tokens[end - 1 - len(ids) : end - 1] = ids
         return EncodedDocuments(tokens, lengths, documents.source_bytes)
+
+
+def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    size = 0
+    for raw in documents:
+        batch.append(raw)
+        size += len(raw)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def split_of(raw: bytes, validation_fraction: float) -> Split:

@@ -35,7 +35,7 @@ UNIT_BYTES = 1 << 20
 TEXT_DOCUMENT_BYTES = 64 << 10
 
 #: A file in a folder is one document, unless it is larger than this.
-FILE_DOCUMENT_BYTES = 16 << 20
+FILE_DOCUMENT_BYTES = 4 << 20
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
