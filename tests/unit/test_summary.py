@@ -1,7 +1,5 @@
 """The screens before training: complete, on one screen, and the same for the same plan."""
 
-from pathlib import Path
-
 import pytest
 
 from mamba_trainer import summary
@@ -17,19 +15,20 @@ MACHINES = {
     "tiny on a laptop": ("tiny", Hardware(gpus=0, cpu_count=2, host_bytes=8 * 10**9, disk_bytes=50 * 10**9)),
     "1b on two nodes": ("1b_mamba", named("H100", 4, nodes=2, host_bytes=10**12)),
 }
-PATHS = {
-    "checkpoints": Path("/data/run/checkpoints"),
-    "data": Path("/data/tokens"),
-    "log": Path("/data/run/log.jsonl"),
-}
 
 
 def screen(case: str, width: int = 80) -> str:
     preset, hardware = MACHINES[case]
     config = parse_config(
-        {"preset": preset, "parallelism": {"num_gpus": hardware.gpus * hardware.nodes or 2}}
+        {
+            "preset": preset,
+            "parallelism": {"num_gpus": hardware.gpus * hardware.nodes or 2},
+            "data": {"path": "/data/[old]/tokens"},
+            "checkpoint": {"directory": "/data/run/checkpoints"},
+            "reporting": {"jsonl": "/data/run/log.jsonl"},
+        }
     )
-    return summary.render(config, plan_training(config, hardware), hardware, PATHS, width=width)
+    return summary.to_text(summary.render(config, plan_training(config, hardware), hardware), width=width)
 
 
 @pytest.mark.parametrize("case", MACHINES)
@@ -52,6 +51,8 @@ def test_the_summary_says_what_will_happen_what_it_takes_and_where_things_go():
         "131,072 tokens each",
         "96.9 GB every 1,000 steps",
         "checkpoints: /data/run/checkpoints",
+        "data: /data/[old]/tokens",
+        "log: /data/run/log.jsonl",
         "of 24.5 GB (estimate)",
         "Faster, but does not fit: ZeRO-2 (",
         "it was not checked",
@@ -86,11 +87,11 @@ def test_the_memory_table_shows_what_fits_and_answers_the_guide():
     assert all(cell.gpu_bytes > 13.85e9 for cell in cells["ZeRO-2"].values())
     assert [cells["ZeRO-3"][gpus].fits for gpus in (4, 6, 8)] == [False, False, True]
     assert all(cells["ZeRO-2 + optimizer on host"][gpus].fits for gpus in (1, 4, 6, 8))
-    text = summary.to_text(summary.memory_screen(table), width=80)
+    text = summary.to_text(summary.render_memory(table), width=80)
     assert "23.1 / 16.1 / 12.6 GB" in text and "…" not in text
     assert len(text.splitlines()) <= 24
     assert "23.1" not in summary.to_text(
-        summary.memory_screen(memory_table(parse_config({"preset": "tiny"}), named("L4", 1)))
+        summary.render_memory(memory_table(parse_config({"preset": "tiny"}), named("L4", 1)))
     )
 
 
@@ -111,6 +112,6 @@ def test_cells_of_the_table_agree_with_a_plan_for_the_same_wishes():
 
 def test_the_table_of_a_machine_without_gpus_counts_processes():
     table = memory_table(parse_config({"preset": "tiny"}), Hardware(gpus=0, host_bytes=3 * 10**9))
-    text = summary.to_text(summary.memory_screen(table), width=80)
+    text = summary.to_text(summary.render_memory(table), width=80)
     assert "CPU processes" in text and "GB per process" in text
     assert [cell.fits for cell in table.rows[0].cells] == [True, True, True, False, False]

@@ -5,9 +5,8 @@ Says what is about to happen, what it takes and where things go. Deterministic: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from io import StringIO
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -20,65 +19,59 @@ from mamba_trainer.plan import Hardware, MemoryTable, Term, TrainingPlan, gigaby
 _BAR = 24
 
 
-def summary(
-    config: TrainerConfig, plan: TrainingPlan, hardware: Hardware, paths: Mapping[str, Path]
-) -> Group:
-    """What a run is about to do. `paths`: what is where, e.g. {"checkpoints": Path("checkpoints")}."""
-    return Group(_facts(config, plan, hardware, paths), Text(), _memory(plan), *_reasons(plan))
+def render(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware) -> Group:
+    """What a run is about to do: one screen of 80 columns."""
+    return Group(_facts(config, plan, hardware), Text(), _memory(plan), *_reasons(plan))
 
 
-def render(
-    config: TrainerConfig,
-    plan: TrainingPlan,
-    hardware: Hardware,
-    paths: Mapping[str, Path],
-    *,
-    width: int = 100,
-    color: bool = False,
-) -> str:
-    """`summary` as text of `width` columns."""
-    return to_text(summary(config, plan, hardware, paths), width=width, color=color)
-
-
-def to_text(renderable: RenderableType, *, width: int = 100, color: bool = False) -> str:
-    console = Console(
-        file=StringIO(), width=width, force_terminal=color, color_system="standard" if color else None,
-        highlight=False, emoji=False, markup=False, legacy_windows=False,
-    )  # fmt: skip
+def to_text(renderable: RenderableType, *, width: int = 80) -> str:
+    """For a log file, or a terminal without colours."""
+    console = Console(file=StringIO(), width=width, color_system=None, highlight=False, emoji=False)
     console.print(renderable)
     assert isinstance(console.file, StringIO)
     return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())
 
 
-def _facts(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware, paths: Mapping[str, Path]) -> Table:
-    model, training = config.model, config.training
+def _facts(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    name = f"{config.preset}: " if config.preset else ""
-    table.add_row(
-        "Model",
-        f"{name}Mamba-1, {plan.parameters:,} parameters "
-        f"(d_model {model.d_model}, {model.n_layer} layers, vocabulary {model.padded_vocab_size:,})",
-    )
-    table.add_row("Machine", _machine(plan, hardware))
-    table.add_row("Mode", f"{plan.mode}; {_arithmetic(config, plan)}; {plan.scan_backend} scan")
-    table.add_row(
+    for name, value in _lines(config, plan, hardware):
+        table.add_row(name, Text(value))  # Text: brackets in a path are no markup
+    return table
+
+
+def _lines(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware) -> Iterator[tuple[str, str]]:
+    model, training, tokens = config.model, config.training, plan.tokens_per_step
+    preset = f"{config.preset}: " if config.preset else ""
+    shape = f"d_model {model.d_model}, {model.n_layer} layers, vocabulary {model.padded_vocab_size:,}"
+    yield "Model", f"{preset}Mamba-1, {plan.parameters:,} parameters ({shape})"
+    yield "Machine", _machine(plan, hardware)
+    yield "Mode", f"{plan.mode}; {_arithmetic(config, plan)}; {plan.scan_backend} scan"
+    ranks = f"{plan.world_size} rank{_plural(plan.world_size)}"
+    yield (
         "Batch",
         f"{training.global_batch_size} sequences = micro-batch {plan.micro_batch_size} "
-        f"x {plan.accumulation_steps} accumulation x {plan.world_size} rank{_plural(plan.world_size)}",
+        f"x {plan.accumulation_steps} accumulation x {ranks}",
     )
-    tokens = plan.tokens_per_step
-    table.add_row(
+    yield (
         "Steps",
         f"{training.max_steps:,} of {tokens:,} tokens each, {_count(tokens * training.max_steps)} in all; "
         f"sequences of {training.sequence_length:,}",
     )
-    table.add_row("Host memory", _host(plan))
-    table.add_row("Checkpoint", _checkpoint(config, plan, hardware))
-    for index, (what, path) in enumerate(paths.items()):
-        table.add_row("Where" if index == 0 else "", f"{what}: {path}")
-    return table
+    yield "Host memory", _host(plan)
+    yield "Checkpoint", _checkpoint(config, plan, hardware)
+    yield from zip(("Where", *[""] * 3), _where(config), strict=False)
+
+
+def _where(config: TrainerConfig) -> Iterator[str]:
+    yield f"checkpoints: {config.checkpoint.directory.absolute()}"
+    if config.data.path is not None or config.data.builtin is not None:
+        yield f"data: {config.data.path.absolute() if config.data.path else config.data.builtin}"
+    if config.reporting.jsonl is not None:
+        yield f"log: {config.reporting.jsonl.absolute()}"
+    if config.reporting.status_port is not None:
+        yield f"status and metrics: port {config.reporting.status_port}"
 
 
 def _machine(plan: TrainingPlan, hardware: Hardware) -> str:
@@ -152,11 +145,11 @@ def _reasons(plan: TrainingPlan) -> list[RenderableType]:
         return []
     table = Table.grid(padding=(0, 1))
     for reason in plan.reasons:
-        table.add_row("-", reason)
+        table.add_row("-", Text(reason))
     return [Text(), Text("Why", style="bold"), table]
 
 
-def memory_screen(table: MemoryTable) -> Group:
+def render_memory(table: MemoryTable) -> Group:
     """The table of `--check_memory`."""
     card = "CPU processes" if table.usable_bytes is None else f"{table.card} GPUs"
     usable = "" if table.usable_bytes is None else f" ({gigabytes(table.usable_bytes)} usable on each)"
@@ -174,7 +167,7 @@ def memory_screen(table: MemoryTable) -> Group:
         screen.add_row(row.mode, *cells, f"<= {gigabytes(max(cell.host_bytes for cell in row.cells))}")
     notes = Table.grid(padding=(0, 1))
     for note in table.notes:
-        notes.add_row("-", note)
+        notes.add_row("-", Text(note))
     return Group(Text(heading, style="bold"), Text(), screen, Text(), notes)
 
 

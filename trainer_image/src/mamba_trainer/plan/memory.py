@@ -142,7 +142,7 @@ def _sizes(config: TrainerConfig, elements: int, block: int, embedding: int) -> 
         persistence_threshold=model.d_inner * max(model.d_state, model.d_conv),
         max_live_parameters=max(2 * block, embedding),
         # Small groups keep start-up copies and a step's fp32 gradients small, but each cut of a group makes
-        # ZeRO-2 hold another matrix whole: the 7b on 4 to 8 GPUs would need 3 GB more with groups half as large.
+        # ZeRO-2 hold another matrix whole: groups half as large would cost the 7b 3 GB on 4 to 8 GPUs.
         param_group_elements=1_000_000_000,
     )
 
