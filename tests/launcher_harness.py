@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import signal
 import subprocess
@@ -22,6 +23,17 @@ QUICK = {"poll": 0.1, "failure_grace": 0.4, "peer_lost_grace": 0.8, "finish_grac
 def stub(folder: Path, **behaviour: Any) -> list[str]:
     """The command of a stub rank (see `launcher_stub.Stub`)."""
     return [sys.executable, str(HERE / "launcher_stub.py"), json.dumps({"folder": str(folder), **behaviour})]
+
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+@atexit.register
+def _kill_what_a_failed_test_left() -> None:
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 class Launch:
@@ -52,6 +64,7 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        _started.append(self.process)
 
     def send(self, signum: signal.Signals) -> None:
         self.process.send_signal(signum)

@@ -54,8 +54,16 @@ class Rank:
         with (self.folder / f"sigterms.{self.rank}").open("a") as log:
             log.write("x")
 
+    def meet(self) -> None:
+        """As ranks do in the rendezvous."""
+        attempt = os.environ["MAMBA_ATTEMPT"]
+        (self.folder / f"ready.{attempt}.{self.rank}").touch()
+        while len(list(self.folder.glob(f"ready.{attempt}.*"))) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.01)
+
     def train(self) -> int:
         start = max((int(p.suffix[1:]) for p in self.folder.glob("step.*")), default=0)
+        self.meet()
         self.reporter.update(
             phase=Phase.TRAINING, step=start, resumed_from_step=start, max_steps=self.stub.steps
         )

@@ -29,6 +29,7 @@ Source = Callable[[], Snapshot]
 Sample = tuple[Sequence[str], float]
 
 _REQUEST_SECONDS = 5.0
+_SHUTDOWN_POLL_SECONDS = 0.1
 
 #: Metrics of the job as a whole: the field of `RankRecord` behind each.
 _JOB_FIELDS = {
@@ -149,7 +150,9 @@ class StatusServer:
         self.port: int = self._server.server_address[1]
 
     def __enter__(self) -> StatusServer:
-        threading.Thread(target=self._server.serve_forever, name="status", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=[_SHUTDOWN_POLL_SECONDS], name="status", daemon=True
+        ).start()
         return self
 
     def __exit__(self, *error: object) -> None:

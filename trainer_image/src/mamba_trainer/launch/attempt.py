@@ -25,6 +25,7 @@ from .ranks import Gang, Guard, rank_environment
 from .spec import LaunchSpec
 from .verdict import INTERRUPTED, KILLED, TERMINATED, End, exit_code_of, explain, grace_after, root_cause
 
+_JOIN_POLL_SECONDS = 0.1
 _BEFORE_TRAINING = (Phase.STARTING, Phase.LOADING)
 
 
@@ -51,7 +52,8 @@ class Attempt:
 
     def run(self, command: Sequence[str], port: int, peers: Peers) -> AttemptEnd:
         kills_before = out_of_memory_kills()
-        self._start(command, port)
+        if self._join(peers):
+            self._start(command, port)
         while self._gang.alive and time.monotonic() < self._killed_at + self._spec.limits.kill:
             self._inbox.wait(self._nap(time.monotonic()))
             self._collect(time.monotonic())
@@ -62,6 +64,18 @@ class Attempt:
             say(f"pid {self._gang.pid(local_rank)} survives SIGKILL (stuck in the kernel) and is left behind")
         self._gang.drain()
         return self._conclude(out_of_memory_kills() > kills_before)
+
+    def _join(self, peers: Peers) -> bool:
+        while not peers.joined:
+            now = time.monotonic()
+            if self._inbox.stop_requested:
+                self._note(End(ExitCode.SAVED_AND_STOPPED, now), 0.0)
+                return False
+            if (loss := peers.loss(now)) is not None:
+                self._note(End(ExitCode.PEER_LOST, now, finding=loss), 0.0)
+                return False
+            self._inbox.wait(_JOIN_POLL_SECONDS)
+        return True
 
     def _start(self, command: Sequence[str], port: int) -> None:
         environments = [

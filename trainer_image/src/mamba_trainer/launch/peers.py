@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from ..contract import TrainerError
+from ..contract import PeerLost, TrainerError
 from .inbox import SignalInbox
 from .spec import LaunchSpec
 from .verdict import GOOD, grace_after, name_of
@@ -27,6 +27,9 @@ _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 class Peers(Protocol):
+    #: This launcher is seen by the others. No rank starts before, so whoever trains is watched.
+    joined: bool
+
     def loss(self, now: float) -> str | None:
         """Why this node must end although its own ranks live, as a sentence."""
 
@@ -35,6 +38,8 @@ class Peers(Protocol):
 
 
 class NoPeers:
+    joined = True
+
     def loss(self, now: float) -> str | None:
         return None
 
@@ -58,7 +63,7 @@ class StorePeers:
         self._attempt = attempt
         self._started_at = self._exchanged_at = time.monotonic()
         self._nodes = {node: _Node() for node in range(spec.nnodes) if node != spec.node_rank}
-        self._joined = False
+        self.joined = False
         self._broken = ""
         self._exit_code: int | None = None
         self._told = threading.Event()
@@ -77,11 +82,17 @@ class StorePeers:
 
     def _silence(self, now: float) -> str | None:
         limits = self._spec.limits
-        if not self._joined:
-            return _late(f"Node 0 ({self._spec.master_addr}) did not answer", now - self._started_at, limits.join)
+        if not self.joined:
+            return _late(
+                f"Node 0 ({self._spec.master_addr}) did not answer", now - self._started_at, limits.join
+            )
         waits = [("The store on node 0 did not answer", now - self._exchanged_at, limits.peer_silence)]
         waits += [
-            (f"Node {node} was silent", now - known.changed_at, limits.peer_silence if known.beats else limits.join)
+            (
+                f"Node {node} was silent",
+                now - known.changed_at,
+                limits.peer_silence if known.beats else limits.join,
+            )
             for node, known in self._nodes.items()
             if known.exit_code is None
         ]
@@ -95,7 +106,7 @@ class StorePeers:
             inbox.wait(0.1)
 
     def _may_leave(self) -> bool:
-        if self._broken or not self._joined:
+        if self._broken or not self.joined:
             return True
         now, silence = time.monotonic(), self._spec.limits.peer_silence
         if self._spec.node_rank != 0:
@@ -105,14 +116,15 @@ class StorePeers:
     def _run(self, store: TCPStore | None) -> None:
         try:
             store = store or self._join()
-            now = time.monotonic()
             for known in self._nodes.values():
-                known.changed_at = now
-            self._exchanged_at, self._joined = now, True
+                known.changed_at = time.monotonic()
             while True:
                 self._exchange(store)
+                self.joined = True
                 self._wake.wait(self._spec.limits.peer_beat)
                 self._wake.clear()
+        except PeerLost as error:
+            self._broken = str(error)
         except Exception as error:
             # torch's errors carry a C++ stack; its first line is the sentence.
             self._broken = f"The store on node 0 is gone: {str(error).splitlines()[0]}"
@@ -131,7 +143,7 @@ class StorePeers:
         while not (theirs := store.add("launcher/attempt", 0)):
             time.sleep(0.1)
         if theirs - 1 != self._attempt:
-            raise RuntimeError(f"node 0 runs attempt {theirs - 1}, this node attempt {self._attempt}")
+            raise PeerLost(f"Node 0 runs attempt {theirs - 1} and this node attempt {self._attempt}.")
         return store
 
     def _exchange(self, store: TCPStore) -> None:

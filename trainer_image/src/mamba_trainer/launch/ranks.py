@@ -112,7 +112,7 @@ class Gang:
 
     def signal(self, signum: int) -> None:
         for local_rank in self.alive:
-            # Not Popen.send_signal, which reaps a rank that has just ended. Unreaped, its pid is still its own.
+            # Not Popen.send_signal, which reaps a rank that has just ended; until then its pid is its own.
             os.kill(self._ranks[local_rank].process.pid, signum)
 
     def kill(self) -> None:

@@ -93,7 +93,7 @@ def _message(root: End, own: RankRecord, last_lines: str) -> str:
         return f"{last_lines}\n{root.finding}".strip()
     if root.code in GOOD or root.local_rank is None:
         return ""
-    return own.error_message or last_lines or f"Rank {own.rank} ended with {name_of(root.code)}."
+    return own.error_message or last_lines
 
 
 def _newest(steps: Iterable[int | None]) -> int | None:
