@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -23,15 +24,18 @@ from mamba_trainer.data.prepare import Progress, prepare
 from mamba_trainer.data.tokenfile import open_stream
 from mamba_trainer.data.tokenizer import open_tokenizer
 
-PACKAGES = Path(json.__file__).parent.parent
+WORDS = ["def", "return", "yield", "self", "naïve", "(x)", "\n    ", "=", "日本", '"text"', "\r\n"]
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """A few megabytes of real source in folders, with a file that is no text."""
+    """A few megabytes of text in folders, the same on every machine, with two files that are no text."""
     folder = tmp_path / "corpus"
-    for name in ("asyncio", "email", "json", "unittest", "xml", "encodings"):
-        shutil.copytree(PACKAGES / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.rst"))
+    dice = random.Random(0)
+    for i in range(400):
+        path = folder / f"package_{i % 7}" / f"module_{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(" ".join(dice.choices(WORDS, k=dice.randrange(3_000))).encode())
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "image.bin").write_bytes(b"GIF\0\0")
     return folder
@@ -147,8 +151,12 @@ def test_a_wrong_option_is_refused_before_anything_is_written(corpus, tmp_path, 
 @pytest.mark.parametrize(
     ("raw", "fraction", "message"),
     [
-        (b"one document", 0.01, "fell into the validation split: .* or 0 for no validation"),
-        ("à la carte".encode("latin-1"), 0, r"fell into the train split \(1 were skipped: not UTF-8 text\)"),
+        (
+            b"one document",
+            0.01,
+            "none of the 1 documents .* the validation split .*: choose 0.5, or 0 for none",
+        ),
+        ("à la carte".encode("latin-1"), 0, r"holds no UTF-8 text \(documents skipped: 1\)"),
     ],
 )
 def test_a_split_without_a_document_is_refused_and_leaves_no_dataset(tmp_path, raw, fraction, message):

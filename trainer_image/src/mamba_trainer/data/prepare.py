@@ -22,7 +22,7 @@ from mamba_trainer.data.output import (
 )
 from mamba_trainer.data.parallel import available_cpus, ordered_map
 from mamba_trainer.data.sources import Source, open_source
-from mamba_trainer.data.tokenfile import DatasetWriter, Meta, Parameters, Split, token_dtype
+from mamba_trainer.data.tokenfile import DatasetWriter, Meta, Parameters, Split, SplitMeta, token_dtype
 from mamba_trainer.data.tokenizer import Tokenizer
 from mamba_trainer.data.tokenizer_choice import TokenizerChoice, choose_tokenizer
 
@@ -104,8 +104,7 @@ def _write(
         with contextlib.closing(encoded):
             skipped = _append_all(encoded, writer, source.size, progress)
         written = writer.finish()
-        for split in splits:
-            _refuse_empty(split, written[split].documents, parameters, skipped)
+        _refuse_empty_splits(written, parameters, skipped)
         meta = Meta(
             dtype=dtype,
             tokenizer=tokenizer.record(),
@@ -132,14 +131,18 @@ def _append_all(
     return skipped
 
 
-def _refuse_empty(split: Split, documents: int, parameters: Parameters, skipped: int) -> None:
-    if documents:
-        return
-    notes = f" ({skipped} were skipped: not UTF-8 text)" if skipped else ""
-    raise UserError(
-        f"no document of {parameters.source} fell into the {split} split{notes}: it has too few for the "
-        f"validation fraction of {parameters.validation_fraction}. Choose another, or 0 for no validation."
-    )
+def _refuse_empty_splits(written: dict[Split, SplitMeta], parameters: Parameters, skipped: int) -> None:
+    documents = sum(split.documents for split in written.values())
+    if not documents:
+        raise UserError(f"{parameters.source} holds no UTF-8 text (documents skipped: {skipped})")
+    for name, split in written.items():
+        if not split.documents:
+            # Five documents are expected to fall into the split, so that none is rare.
+            enough = min(0.5, 5 / documents)
+            raise UserError(
+                f"none of the {documents} documents of {parameters.source} fell into the {name} split with a "
+                f"validation fraction of {parameters.validation_fraction}: choose {enough:.2g}, or 0 for none"
+            )
 
 
 def _least_bytes(source: Source, tokenizer: Tokenizer, dtype: str) -> int:
