@@ -45,12 +45,20 @@ class Engine:
     device: torch.device
     scan_backend: str
     _plain_norm: float = float("nan")
+    _loss_scale: float = 1.0
 
     def micro_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of one micro-batch; the loss, detached. Gradients accumulate."""
         loss: Tensor = self.deepspeed(tokens, targets)
-        self.deepspeed.backward(loss)
+        self.backward(loss)
         return loss.detach()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss`, which `deepspeed(tokens, targets)` has returned."""
+        if self.deepspeed.fp16_enabled() and not self.deepspeed.zero_optimization_stage():
+            # In ZeRO-0 DeepSpeed unscales gradients in its step, but neither scales the loss nor unscales the norm.
+            self._loss_scale = float(self.deepspeed.optimizer.loss_scale)
+        self.deepspeed.backward(loss * self._loss_scale)
 
     def step(self, learning_rate: float) -> bool:
         """One call per micro-batch, as DeepSpeed wants it; updates at the boundary of accumulation.
@@ -87,7 +95,7 @@ class Engine:
     def gradient_norm(self) -> float:
         """Global norm before clipping, of the latest step."""
         norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else self._plain_norm
+        return float(norm) / self._loss_scale if norm is not None else self._plain_norm
 
     def loaded(self) -> None:
         """To be called after DeepSpeed has loaded a checkpoint."""
@@ -163,7 +171,8 @@ def create(config: TrainerConfig, plan: TrainingPlan, device: torch.device) -> E
 def _optimizer(config: TrainerConfig, plan: TrainingPlan, model: MambaLM) -> torch.optim.Optimizer:
     training = config.training
     groups = parameter_groups(model.named_parameters(), training.weight_decay, plan.sizes.param_group_elements)
-    settings = {"lr": training.learning_rate, "betas": (training.beta1, training.beta2), "eps": training.adam_epsilon}
+    # The rate is set at each step. DeepSpeed makes a first one on zero gradients, which would decay the weights.
+    settings = {"lr": 0.0, "betas": (training.beta1, training.beta2), "eps": training.adam_epsilon}
     if config.parallelism.master_dtype == "bf16" and plan.offload_optimizer is Device.CPU:
         # The one mode for which DeepSpeed insists on its own CPU kernel (compiled at the first use).
         from deepspeed.ops.adam import DeepSpeedCPUAdam
