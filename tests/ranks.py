@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -11,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+# A rank would import these when it builds its first engine: five seconds each time.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
 
@@ -42,7 +45,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 raise AssertionError(f"rank {rank} failed:\n{error}")
             collected[rank] = pickle.loads(value)
     except queue.Empty:
-        raise AssertionError(f"only ranks {sorted(collected)} of {world_size} answered within {timeout} s") from None
+        raise AssertionError(
+            f"only ranks {sorted(collected)} of {world_size} answered within {timeout} s"
+        ) from None
     finally:
         for process in processes:
             process.join(timeout=10)
@@ -51,12 +56,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [collected[rank] for rank in range(world_size)]
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, args: tuple[Any, ...]) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, args: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # what was inherited is no garbage: DeepSpeed collects often, over all of it
     try:
         # Pickled here: the queue's own pickler would hand tensors over as file descriptors of a process that ends.
         results.put((rank, pickle.dumps(function(rank, *args)), None))
