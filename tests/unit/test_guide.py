@@ -10,7 +10,9 @@ from mamba_trainer.contract import UserError
 GUIDE = """
 model_type: mamba
 num_gpus: 4
-model: {vocab_size: 50257, max_seq_length: 4096, d_model: 4864, n_layers: 45, d_state: 16, d_conv: 4, expand: 2}
+model: {
+  vocab_size: 50257, max_seq_length: 4096, d_model: 4864, n_layers: 45, d_state: 16, d_conv: 4, expand: 2
+}
 training: {batch_size: 1, gradient_accumulation_steps: 8, learning_rate: 1e-4, max_steps: 200000}
 """
 

@@ -107,11 +107,9 @@ def _bin(path: Path) -> Weights:
     return Weights({name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__, path)
 
 
-def write_safetensors(
-    folder: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """As Hugging Face lays them out: one file, or shards of at most `shard_bytes` with an index."""
-    shards = list(_shards(weights.shapes, dtype.itemsize, shard_bytes))
+def write_safetensors(folder: Path, weights: Weights, dtype: torch.dtype) -> None:
+    """As Hugging Face lays them out: one file, or shards of at most `SHARD_BYTES` with an index."""
+    shards = list(_shards(weights.shapes, dtype.itemsize, SHARD_BYTES))
     where: dict[str, str] = {}
     reading = _with_progress(weights, folder)
     for number, names in enumerate(shards, start=1):
