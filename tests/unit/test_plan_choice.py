@@ -142,10 +142,10 @@ def test_after_an_out_of_memory_the_next_plan_is_smaller_and_keeps_what_checkpoi
     wanted, hardware = config("3b_mamba", 8), named("RTX 4090", 8)
     plan: TrainingPlan | None = plan_training(wanted, hardware)
     seen = []
-    while plan is not None:
+    while plan is not None and len(seen) < 20:
         seen.append(plan)
         plan = smaller_plan(wanted, hardware, plan)
-    assert len(seen) > 1
+    assert 1 < len(seen) < 20
     assert [p.gpu_total for p in seen] == sorted({p.gpu_total for p in seen}, reverse=True)
     assert {(p.zero_stage, p.offload_optimizer, p.sizes, p.tokens_per_step) for p in seen} == {
         (seen[0].zero_stage, seen[0].offload_optimizer, seen[0].sizes, seen[0].tokens_per_step)

@@ -84,6 +84,19 @@ def test_zero2_holds_all_16_bit_weights_on_every_gpu(gpus):
     assert 13.85 * GB < weights < 13.95 * GB
 
 
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_parameter"),
+    [(0, lambda n: 16), (1, lambda n: 4 + 12 / n), (3, lambda n: 16 / n)],
+    ids=["ZeRO-0", "ZeRO-1", "ZeRO-3"],
+)
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_states_are_split_as_the_zero_stages_define(gpus, stage, bytes_per_parameter):
+    planned = plan(job("3b_mamba", gpus, stage))
+    states = sum(planned.gpu_memory[term] for term in (Term.WEIGHTS, Term.GRADIENTS, Term.OPTIMIZER))
+    # Beside these, A_log, D and the dt bias have an fp32 copy, and ZeRO-3 keeps small parameters whole.
+    assert states / planned.parameters == pytest.approx(bytes_per_parameter(gpus), abs=0.02)
+
+
 def test_terms_sum_to_the_total_and_every_term_is_listed():
     planned = plan(job("3b_mamba", 4, 2))
     assert list(planned.gpu_memory) == list(Term)
