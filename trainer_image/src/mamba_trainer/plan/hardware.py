@@ -6,6 +6,7 @@ second choice, and never asked for free memory, because that would create one.""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -64,8 +65,7 @@ def _gpu_facts(gpus: list[_Gpu]) -> dict[str, Any]:
 
 def _nvml_gpus() -> list[_Gpu] | None:
     """GPUs that CUDA would show us, or None where NVML cannot answer."""
-    import pynvml
-
+    pynvml = importlib.import_module("pynvml")
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -105,8 +105,7 @@ def _read_nvml(pynvml: Any, handle: Any) -> _Gpu:
 def _torch_gpus() -> list[_Gpu]:
     if importlib.util.find_spec("torch") is None:
         return []
-    import torch
-
+    torch = importlib.import_module("torch")
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -119,8 +118,7 @@ def _cpu_precisions() -> tuple[Precision, ...]:
     """fp16 only where this CPU's kernels have it, which is what DeepSpeed asks as well."""
     if importlib.util.find_spec("torch") is None:
         return ALL_PRECISIONS
-    import torch
-
+    torch = importlib.import_module("torch")
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
     return ALL_PRECISIONS if supported is not None and supported() else (Precision.BF16, Precision.FP32)
 
