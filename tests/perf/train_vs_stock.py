@@ -33,6 +33,7 @@ from mamba_trainer.init import initial_value  # noqa: E402
 from mamba_trainer.loop import Callback, StepResult, StopRequest, Trainer  # noqa: E402
 from mamba_trainer.plan import Hardware, plan_training  # noqa: E402
 from mamba_trainer.plan.hardware import detect  # noqa: E402
+from mamba_trainer.resolve import read_setting  # noqa: E402
 from mamba_trainer.schedule import learning_rate  # noqa: E402
 
 
@@ -126,12 +127,21 @@ def _result(record: Record, scan: str) -> dict[str, Any]:
 def _child(function: Any, config: TrainerConfig, data: Path, results: Any) -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}
     try:
-        results.put(function(config, detect(config), data))
+        results.put(function(config, detect(Path.cwd()), data))
     except BaseException:
         results.put(traceback.format_exc())
     results.close()
     results.join_thread()
     os._exit(0)
+
+
+def _preloaded_context() -> Any:
+    """Imports what every run needs once; forks are safe as long as that has not touched CUDA."""
+    try:
+        import mamba_ssm.models.mixer_seq_simple  # noqa: F401
+    except ImportError:
+        print("mamba_ssm is not installed: only runs of ours with the torch scan will work", flush=True)
+    return mp.get_context("spawn" if torch.cuda.is_initialized() else "fork")
 
 
 def main() -> None:
@@ -143,17 +153,21 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--runs", default="stock:0,ours:0,stock:1", help="comma-separated stock:SEED and ours:SEED")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="GROUP.OPTION=VALUE")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    context = mp.get_context("fork")
+    context = _preloaded_context()
     report: dict[str, Any] = {"preset": options.preset, "sequences": options.sequences, "micro": options.micro}
     for run in options.runs.split(","):
         kind, _, seed = run.partition(":")
-        config = parse_config(lay_over({"preset": options.preset}, {
+        raw = lay_over({"preset": options.preset}, {
             "training": {"global_batch_size": options.sequences, "micro_batch_size": options.micro, "seed": int(seed),
                          "max_steps": options.steps, "warmup_steps": min(50, options.steps), "learning_rate": options.learning_rate},
             "parallelism": {"num_gpus": 1, "precision": "bf16"},
-        }))  # fmt: skip
+        })  # fmt: skip
+        for setting in options.settings:
+            raw = lay_over(raw, read_setting(setting))
+        config = parse_config(raw)
         print(f"{options.preset} {run}", flush=True)
         results = context.Queue()
         started = time.perf_counter()
