@@ -1,6 +1,7 @@
 """Ranks that train a hash chain: with the trainer's commit code, and as a writer without a manifest would.
 
-The state of a step is known in advance, so a resume is right or wrong without doubt; saving is all they do for long.
+The state of a step is known in advance, so a resume is right or wrong without doubt. Most of their time
+goes into saving.
 """
 
 from __future__ import annotations

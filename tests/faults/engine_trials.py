@@ -1,4 +1,4 @@
-"""Ranks that train a real model under the real DeepSpeed engine, and compare every resume with a run never killed."""
+"""Ranks that train under the real DeepSpeed engine, and compare every resume with a run never killed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Ranks as processes that say what they are doing, so that a kill can be aimed and afterwards be judged.
 
-A rank writes one small record into a pipe before each act. What it wrote is known even after SIGKILL, as the kernel
-holds it; so a checkpoint counts as acknowledged exactly if its record is in the pipe.
+A rank writes one small record into a pipe before each act. The kernel holds it even after SIGKILL, so a
+checkpoint counts as acknowledged exactly if its record is in the pipe.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class TiedModel(nn.Module):
 
 
 class Run:
-    """One rank of a training run: the engine, its manager, and steps whose data depend on the position alone."""
+    """One rank of a run: the engine, its manager, and steps whose data depend on the position alone."""
 
     def __init__(self, directory: Path, *, stage: int = 2, dtype: str = "fp32", **settings: Any) -> None:
         self.group = initialize_distributed(torch.device("cpu"))

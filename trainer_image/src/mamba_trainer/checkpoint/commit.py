@@ -57,7 +57,11 @@ class CheckpointDirectory:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
-        sync_directory(self.path)
+        try:
+            sync_directory(self.path)
+        except OSError:
+            self.abort(folder)
+            raise
         return folder
 
     def commit(self, folder: Path, content: Manifest, final: bool = False) -> Path:

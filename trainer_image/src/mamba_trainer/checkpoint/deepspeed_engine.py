@@ -69,6 +69,9 @@ class VerifiedCheckpointEngine(CheckpointEngine):
         """From now on these files, and no others, may be loaded."""
         self._verified = frozenset(paths)
 
+    def verified(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if Path(name) in self._verified]
+
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing: the folder was made before DeepSpeed was called."""
 
@@ -106,8 +109,10 @@ def install(engine: Any) -> VerifiedCheckpointEngine:
     """Makes a DeepSpeed engine write and read its checkpoints through a `VerifiedCheckpointEngine`."""
     ours = VerifiedCheckpointEngine()
     engine.checkpoint_engine = ours
-    # On rank 0 DeepSpeed copies its recovery scripts next to the checkpoints, before the barrier mentioned
-    # above.
+    # DeepSpeed finds model states by pattern: a stray file that matches would be taken for a part of the model.
+    find_names = engine._get_all_ckpt_names
+    engine._get_all_ckpt_names = lambda folder, tag: ours.verified(find_names(folder, tag))
+    # On rank 0 DeepSpeed copies its recovery scripts to the directory, before the barrier mentioned above.
     copy_script = engine._copy_recovery_script
     engine._copy_recovery_script = lambda path: ours._guarded(lambda: copy_script(path))
     return ours
