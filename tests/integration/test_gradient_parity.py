@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from builders import CPU, make_config, make_model, make_plan
+from builders import make_config, make_model
+from engine_modes import DTYPES, Mode, batch, create_engine, full_parameters
 from mamba_trainer import engine as engines
 from mamba_trainer import loss as losses
 from mamba_trainer.model import FP32_PARAMETERS, LMHead
@@ -24,27 +24,8 @@ from ranks import run_ranks
 RANKS, ACCUMULATION, STEPS, RATE = 2, 2, 3, 1e-2
 #: Adam divides by the root of the second moment: with a tiny epsilon it would turn rounding into whole steps.
 TRAINING = {"adam_epsilon": 1e-3}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Relative error (2-norm) of each tensor, by the type in which gradients are computed.
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
-
-
-class Mode(NamedTuple):
-    zero_stage: int
-    precision: str
-    recompute_every: int = 0
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    master_dtype: str = "fp32"
-
-    def __str__(self) -> str:
-        words = [f"zero-{self.zero_stage}", self.precision]
-        words += [f"recompute-{self.recompute_every}"] * bool(self.recompute_every)
-        words += ["offload-optimizer"] * self.offload_optimizer + [
-            "offload-parameters"
-        ] * self.offload_parameters
-        words += ["16-bit-masters"] * (self.master_dtype != "fp32")
-        return " ".join(words)
 
 
 MODES = [
@@ -83,32 +64,11 @@ class Trained(NamedTuple):
     bad_step_applied: bool
 
 
-def batch(step: int, rank: int, micro: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step * 100 + rank * 10 + micro)
-    tokens = torch.randint(50, (2, 13), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
 def train_on_rank(rank: int, mode: Mode, bug: str | None) -> Trained:
     losses.CHUNK_BYTES = 5 * 4 * 56  # five of 24 rows at a time
     if bug == "one use of the tied weight":
         loses_the_gradient_of_its_weight(LMHead)
-    engines.initialize_distributed(CPU)
-    # DeepSpeed refuses fp16 on CPUs that have no fast instructions for it.
-    get_accelerator().is_fp16_supported = lambda: True
-    parallelism = {
-        "zero_stage": mode.zero_stage,
-        "precision": mode.precision,
-        "master_dtype": mode.master_dtype,
-    }
-    # The usual first loss scale of 2**16 overflows: steps that are skipped by design would shift all others.
-    scale = {"fp16": {"initial_scale_power": 8}} if mode.precision == "fp16" else {}
-    config = make_config({"training": TRAINING, "parallelism": parallelism, "deepspeed": scale})
-    plan = make_plan(
-        mode.zero_stage, mode.precision, recompute_every=mode.recompute_every,
-        offload_optimizer=mode.offload_optimizer, offload_parameters=mode.offload_parameters,
-    )  # fmt: skip
-    engine = engines.create(config, plan, CPU)
+    engine = create_engine(mode, TRAINING)
     means, norms, applied, gradients = [], [], [], {}
     for step in range(STEPS):
         total = 0.0
@@ -151,30 +111,6 @@ def full_gradients(engine: engines.Engine) -> dict[str, Tensor]:
     scale = engine.deepspeed.optimizer.loss_scale if engine.deepspeed.fp16_enabled() else 1.0
     named = engine.model.named_parameters()
     return {name: safe_get_full_grad(parameter).float().cpu().clone() / scale for name, parameter in named}
-
-
-def full_parameters(engine: engines.Engine) -> dict[str, Tensor]:
-    """The fp32 values that the optimizer steps, whole, on every rank."""
-    values = masters(engine)
-    for layer, mixer in enumerate(engine.model.mixers()):
-        # DeepSpeed's own function would gather these in the type of the other masters.
-        exact = {f"backbone.layers.{layer}.mixer.{name}": v.clone() for name, v in mixer.fp32_values.items()}
-        values |= exact
-    return values
-
-
-def masters(engine: engines.Engine) -> dict[str, Tensor]:
-    named = dict(engine.model.named_parameters())
-    if engine.deepspeed.zero_optimization_stage() > 0:
-        return {
-            name: safe_get_full_fp32_param(parameter).float().clone() for name, parameter in named.items()
-        }
-    optimizer = engine.deepspeed.optimizer
-    exact: dict[int, Tensor] = {}
-    if hasattr(optimizer, "fp32_groups"):
-        for narrow, wide in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            exact |= {id(p): master for p, master in zip(narrow, wide, strict=True)}
-    return {name: exact.get(id(p), p).detach().float().clone() for name, p in named.items()}
 
 
 @functools.cache
@@ -228,7 +164,7 @@ def assert_same_steps(ranks: list[Trained], mode: Mode) -> None:
             expected = parameter - theirs[name]
             allowed = 2 * TOLERANCE[mode.precision] * float(expected.norm())
             if mode.master_dtype == "bf16" and name.split("mixer.")[-1] not in FP32_PARAMETERS:
-                # Each step is rounded to the 8 bits of a master, which may swallow it: the price of that mode.
+                # A step is rounded to the 8 bits of a master, which may swallow it: the price of that mode.
                 allowed += STEPS * 2**-9 * float(parameter.norm())
             error = float((result.parameters[name] - ours[name] - expected).norm())
             assert error <= allowed, f"the steps of {name} are off by {error:.2g}, allowed {allowed:.2g}"

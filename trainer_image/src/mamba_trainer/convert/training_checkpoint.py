@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _partitioned(folder: Path) -> Weights:
     @lru_cache(maxsize=2)
     def merged(index: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
-        one = model_states[0]._replace(param_shapes=[param_shapes[index]])
+        one = replace(model_states[0], param_shapes=[param_shapes[index]])
         partitions = [[rank[index]] for rank in flat_groups]
         with _quiet_and_mapped():
             ds._zero2_merge_trainable_params(
