@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from faults.commit_trials import WrongState
 from faults.gang import Phase, Rank, RankFunction
@@ -36,11 +33,7 @@ def _fingerprints(rank: int, directory: Path) -> list[str]:
 
 def training(truth: list[list[str]]) -> RankFunction:
     def function(rank: Rank) -> None:
-        os.environ |= {
-            "RANK": str(rank.rank), "LOCAL_RANK": str(rank.rank), "WORLD_SIZE": str(rank.world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rank.port),
-        }  # fmt: skip
-        torch.set_num_threads(1)
+        rank.join()
         rank.announce_writes()
         with peers_may_die():
             run = Run(rank.directory, stage=STAGE, attempt=rank.attempt, keep=2)

@@ -21,6 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from mamba_trainer.checkpoint import files, layout, manifest
@@ -64,6 +65,17 @@ class Rank:
     peers: list[socket.socket]
     _pipe: int
     step: int = 0
+
+    def join(self) -> None:
+        """Sets the environment in which torch.distributed finds the other ranks."""
+        os.environ |= {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+        }
+        torch.set_num_threads(1)
 
     def announce(self, phase: Phase) -> None:
         os.write(self._pipe, _RECORD.pack(self.rank, phase, self.step, time.monotonic()))

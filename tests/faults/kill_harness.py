@@ -3,9 +3,9 @@
     python tests/faults/kill_harness.py --kills 2000 --engine-kills 200 [--state counts.json]
 
 Two things must never happen: a *bad* resume (a state that is not that of the step it claims) and a *lost*
-commit (a resume older than the last checkpoint that had been acknowledged). Half of the kills fall between the
-first shard opened and the commit. With --naive the same harness judges a writer without a manifest, which it
-must find wanting.
+commit (a resume older than the last checkpoint that had been acknowledged). Half of the kills fall between
+the first shard opened and the commit. With --naive the same harness judges a writer without a manifest,
+which it must find wanting.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Tally:
         share = 100 * self.inside / max(self.kills, 1)
         return "\n".join(
             [
-                f"  {self.kills} kills, {self.resumes} resumes judged: {self.bad} bad, {self.lost} lost commits",
-                f"  {self.inside} kills ({share:.0f} %) between the first shard opened and the commit; all:",
+                f"  {self.kills} kills, {self.resumes} resumes judged: {self.bad} bad, {self.lost} lost",
+                f"  {self.inside} of them ({share:.0f} %) between the first shard opened and the commit",
                 *bars,
             ]
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import random
 import shutil
+import signal
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from faults.engine_trials import peers_may_die
+from faults.gang import Gang, Phase, Rank, has_ended
 from faults.tiny_engine import Run
 from mamba_trainer.checkpoint import fence, files, space
 from mamba_trainer.checkpoint.layout import list_names
@@ -355,3 +360,24 @@ def test_ranks_that_do_not_share_the_directory_are_refused(
 ) -> None:
     monkeypatch.setattr("mamba_trainer.checkpoint.manager._VISIBLE_SECONDS", 0.5)
     assert run_ranks(train_apart, RANKS, tmp_path) == [UserError, UserError]
+
+
+def test_when_a_rank_dies_in_the_middle_of_a_save_the_others_do_not_hang(tmp_path: Path) -> None:
+    gang = Gang.start(save_until_killed, RANKS, tmp_path, attempt=0)
+    gang.wait_for(lambda events: any(event.phase == Phase.SHARDS and event.rank == 1 for event in events))
+    os.kill(gang.pids[1], signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while not has_ended(gang.pids[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    gang.kill(random.Random(0))
+
+
+def save_until_killed(rank: Rank) -> None:
+    rank.join()
+    rank.announce_writes()
+    run = Run(rank.directory)
+    while True:
+        with peers_may_die():
+            run.train(1)
+            run.save()

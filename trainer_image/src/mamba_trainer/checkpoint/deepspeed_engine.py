@@ -102,14 +102,26 @@ class VerifiedCheckpointEngine(CheckpointEngine):
 
 
 def _save(state: Any, path: Path) -> files.Written:
-    return files.write_file(path, lambda sink: torch.save(state, cast(IO[bytes], sink)))
+    with _without_crc32():
+        return files.write_file(path, lambda sink: torch.save(state, cast(IO[bytes], sink)))
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """`torch.load` never looks at the CRC-32 in its files, and it costs nearly as much time as SHA-256."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def install(engine: Any) -> VerifiedCheckpointEngine:
     """Makes a DeepSpeed engine write and read its checkpoints through a `VerifiedCheckpointEngine`."""
     ours = VerifiedCheckpointEngine()
     engine.checkpoint_engine = ours
-    # DeepSpeed finds model states by pattern: a stray file that matches would be taken for a part of the model.
+    # DeepSpeed finds model states by pattern: a stray file that matches would become a part of the model.
     find_names = engine._get_all_ckpt_names
     engine._get_all_ckpt_names = lambda folder, tag: ours.verified(find_names(folder, tag))
     # On rank 0 DeepSpeed copies its recovery scripts to the directory, before the barrier mentioned above.
