@@ -39,8 +39,8 @@ class Sink(Protocol):
 class _HashingSink:
     """Hashes and writes at the same time.
 
-    A failed write is kept and raised by `finish`, and what follows it is dropped: between `torch.save` and here
-    is C code that no exception should pass through, and that writes again while it closes.
+    A failed write is kept and raised by `finish`, and what follows it is dropped: between `torch.save`
+    and this class is C code that no exception should pass through, and that writes again while it closes.
     """
 
     def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor) -> None:
