@@ -22,7 +22,10 @@ from .verdict import GOOD, grace_after, name_of
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-_CONNECT_SECONDS = 10.0
+#: Of one try to connect.
+_CONNECT_SECONDS = 2.0
+#: For the thread to end: left inside torch it may abort the interpreter at exit, and the exit code is lost.
+_LEAVE_SECONDS = 5.0
 _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
@@ -67,10 +70,12 @@ class StorePeers:
         self._broken = ""
         self._exit_code: int | None = None
         self._told = threading.Event()
+        self._leaving = threading.Event()
         self._wake = threading.Event()
         # Hosted from here on, so that a busy port is known before any rank starts.
         store = _host(spec, attempt) if spec.node_rank == 0 else None
-        threading.Thread(target=self._run, args=[store], name="peers", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=[store], name="peers", daemon=True)
+        self._thread.start()
 
     def loss(self, now: float) -> str | None:
         for node, known in self._nodes.items():
@@ -104,6 +109,9 @@ class StorePeers:
         deadline = time.monotonic() + grace_after(code, self._spec.limits)
         while not self._may_leave() and time.monotonic() < deadline and not inbox.interrupted:
             inbox.wait(0.1)
+        self._leaving.set()
+        self._wake.set()
+        self._thread.join(_LEAVE_SECONDS)
 
     def _may_leave(self) -> bool:
         if self._broken or not self.joined:
@@ -118,7 +126,7 @@ class StorePeers:
             store = store or self._join()
             for known in self._nodes.values():
                 known.changed_at = time.monotonic()
-            while True:
+            while not self._leaving.is_set():
                 self._exchange(store)
                 self.joined = True
                 self._wake.wait(self._spec.limits.peer_beat)
@@ -137,9 +145,8 @@ class StorePeers:
                 break
             except Exception:
                 # Its pod may not run yet, nor its name resolve.
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._leaving.wait(1.0):
                     raise
-                time.sleep(1.0)
         while not (theirs := store.add("launcher/attempt", 0)):
             time.sleep(0.1)
         if theirs - 1 != self._attempt:
