@@ -25,6 +25,7 @@ class Mode(NamedTuple):
     offload_optimizer: bool = False
     offload_parameters: bool = False
     master_dtype: str = "fp32"
+    clipping: float = 1.0
 
     def __str__(self) -> str:
         words = [f"zero-{self.zero_stage}", self.precision]
@@ -32,7 +33,7 @@ class Mode(NamedTuple):
         words += ["offload-optimizer"] * self.offload_optimizer + [
             "offload-parameters"
         ] * self.offload_parameters
-        words += ["16-bit-masters"] * (self.master_dtype != "fp32")
+        words += ["unclipped"] * (not self.clipping) + ["16-bit-masters"] * (self.master_dtype != "fp32")
         return " ".join(words)
 
     def config(self, training: Mapping[str, Any]) -> TrainerConfig:

@@ -51,6 +51,9 @@ MODES = [
     Mode(3, "bf16", recompute_every=1, master_dtype="bf16"),
 ]
 
+#: Clipping computes a norm over all gradients, which would find a bad one by the way.
+UNCLIPPED = [Mode(stage, "fp32", clipping=0.0) for stage in range(4)] + [Mode(2, "bf16", clipping=0.0)]
+
 
 class Trained(NamedTuple):
     """What a rank, or the reference, has to say about its steps."""
@@ -68,7 +71,7 @@ def train_on_rank(rank: int, mode: Mode, bug: str | None) -> Trained:
     losses.CHUNK_BYTES = 5 * 4 * 56  # five of 24 rows at a time
     if bug == "one use of the tied weight":
         loses_the_gradient_of_its_weight(LMHead)
-    engine = create_engine(mode, TRAINING)
+    engine = create_engine(mode, TRAINING | {"gradient_clipping": mode.clipping})
     means, norms, applied, gradients = [], [], [], {}
     for step in range(STEPS):
         total = 0.0
@@ -198,9 +201,10 @@ def test_three_steps_are_those_of_adamw_after_clipping(mode: Mode) -> None:
     assert_same_steps(trained(mode), mode)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", [*MODES, *UNCLIPPED], ids=str)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(mode: Mode) -> None:
     for result in trained(mode):
+        assert result.applied == [True] * STEPS
         assert not result.bad_step_applied
         for name, before in result.parameters.items():
             assert torch.equal(result.after_bad_step[name], before), name

@@ -60,14 +60,14 @@ def test_sixteen_bit_gradients_keep_their_type_and_its_precision(
 
 
 def test_a_sum_that_fp16_cannot_hold_does_not_spoil_the_mean() -> None:
-    """70,000 tokens that all push one weight the same way: their sum is beyond 65,504."""
+    """70,000 tokens push a weight the same way by 0.5 x 4: their sum is beyond 65,504, their mean is not."""
     count = 70_000
-    hidden = torch.ones(count, 1, dtype=torch.float16, requires_grad=True)
+    hidden = torch.full((count, 1), 4.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
     scale = 2.0**10
     (linear_cross_entropy(hidden, weight, torch.zeros(count, dtype=torch.int64)) * scale).backward()
     assert weight.grad is not None
-    torch.testing.assert_close(weight.grad.float(), torch.tensor([[-0.5], [0.5]]) * scale)
+    torch.testing.assert_close(weight.grad.float(), torch.tensor([[-2.0], [2.0]]) * scale)
 
 
 def test_without_any_target_the_loss_is_zero_and_so_are_the_gradients() -> None:
