@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -187,7 +188,7 @@ def kill_engine(kills: int, base: Path, seed: int, *, tally: Tally | None = None
     return tally
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,7 +197,7 @@ def main() -> int:
     parser.add_argument("--naive", action="store_true", help="judge the writer without a manifest instead")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--state", type=Path, help="JSON file in which counts add up over runs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     state = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
     tallies = {kind: Tally(**{**saved, "phases": Counter(saved["phases"])}) for kind, saved in state.items()}
     print(f"seed {options.seed}")
@@ -220,9 +221,7 @@ def main() -> int:
                     tally=tallies.get("DeepSpeed engine"),
                 )
     if options.state:
-        options.state.write_text(
-            json.dumps({kind: asdict(tally) for kind, tally in tallies.items()}, indent=1)
-        )
+        options.state.write_text(json.dumps({kind: vars(tally) for kind, tally in tallies.items()}, indent=1))
     for kind, tally in tallies.items():
         print(f"{kind}\n{tally}")
     wrong = sum(tally.bad + tally.lost for kind, tally in tallies.items() if kind != "naive")
