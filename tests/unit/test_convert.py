@@ -70,8 +70,8 @@ def test_a_folder_saved_by_transformers_is_imported(shard: str, tied: bool, tmp_
 def mamba_ssm_config(**options: Any) -> dict[str, Any]:
     """What `MambaLMHeadModel.save_pretrained` writes."""
     published = {
-        "d_model": 16, "d_intermediate": 0, "n_layer": 2, "vocab_size": 50, "ssm_cfg": {}, "attn_layer_idx": [],
-        "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+        "d_model": 16, "d_intermediate": 0, "n_layer": 2, "vocab_size": 50, "ssm_cfg": {},
+        "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
         "pad_vocab_size_multiple": 8, "tie_embeddings": True,
     }  # fmt: skip
     return published | options
