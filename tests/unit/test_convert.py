@@ -71,8 +71,8 @@ def mamba_ssm_config(**options: Any) -> dict[str, Any]:
     """What `MambaLMHeadModel.save_pretrained` writes."""
     published = {
         "d_model": 16, "d_intermediate": 0, "n_layer": 2, "vocab_size": 50, "ssm_cfg": {},
-        "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
-        "pad_vocab_size_multiple": 8, "tie_embeddings": True,
+        "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True,
+        "fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
     }  # fmt: skip
     return published | options
 
@@ -187,7 +187,9 @@ def test_mamba_ssm_cannot_express_another_epsilon(tmp_path: Path) -> None:
         convert.export(save_ours(model, tmp_path / "model"), tmp_path / "out", "mamba_ssm")
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape", "cut", "gone", "no config", "no json"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "shape", "cut", "gone", "index", "nested", "no config", "no json"]
+)
 def test_damaged_weights_are_a_user_error_that_names_the_place(damage: str, tmp_path: Path) -> None:
     model = make_model(make_model_config())
     folder = save_ours(model, tmp_path / "model")
@@ -209,6 +211,13 @@ def test_damaged_weights_are_a_user_error_that_names_the_place(damage: str, tmp_
         case "gone":
             file.unlink()
             said = "holds no weights"
+        case "index":
+            (folder / "model.safetensors.index.json").write_text("[]")
+            said = "is not an index of safetensors files"
+        case "nested":
+            file.unlink()
+            torch.save({"model": state}, folder / "pytorch_model.bin")
+            said = "cannot be read as a PyTorch state dict"
         case "no config":
             (folder / "config.json").unlink()
             said = "needs its config.json"

@@ -66,8 +66,7 @@ def open_folder(folder: Path) -> Weights:
         UserError: there is none of them, or a file cannot be read.
     """
     if (folder / _INDEX).is_file():
-        listed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return _safetensors(folder, sorted(set(listed.values())))
+        return _safetensors(folder, _listed(folder / _INDEX))
     if (folder / _SAFETENSORS).is_file():
         return _safetensors(folder, [_SAFETENSORS])
     if (folder / _BIN).is_file():
@@ -75,6 +74,13 @@ def open_folder(folder: Path) -> Weights:
     raise UserError(
         f"{folder} holds no weights: expected {_SAFETENSORS} (or its shards with {_INDEX}) or {_BIN}."
     )
+
+
+def _listed(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is not an index of safetensors files: copy it again.") from None
 
 
 def _safetensors(folder: Path, files: list[str]) -> Weights:
@@ -100,11 +106,12 @@ def _safetensors(folder: Path, files: list[str]) -> Weights:
 def _bin(path: Path) -> Weights:
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     except Exception as error:  # torch raises several kinds for a file that is cut, foreign or unsafe
         raise UserError(
             f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}"
         ) from None
-    return Weights({name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__, path)
+    return Weights(shapes, state.__getitem__, path)
 
 
 def write_safetensors(folder: Path, weights: Weights, dtype: torch.dtype) -> None:
@@ -117,6 +124,7 @@ def write_safetensors(folder: Path, weights: Weights, dtype: torch.dtype) -> Non
         tensors = {name: next(reading).to(dtype).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
+        del tensors  # or the next shard would be read beside this one
     if len(shards) > 1:
         total = sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": where}
