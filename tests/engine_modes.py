@@ -30,9 +30,7 @@ class Mode(NamedTuple):
     def __str__(self) -> str:
         words = [f"zero-{self.zero_stage}", self.precision]
         words += [f"recompute-{self.recompute_every}"] * bool(self.recompute_every)
-        words += ["offload-optimizer"] * self.offload_optimizer + [
-            "offload-parameters"
-        ] * self.offload_parameters
+        words += ["offload-optimizer"] * self.offload_optimizer + ["offload-parameters"] * self.offload_parameters
         words += ["unclipped"] * (not self.clipping) + ["16-bit-masters"] * (self.master_dtype != "fp32")
         return " ".join(words)
 
@@ -75,9 +73,7 @@ def full_parameters(engine: engines.Engine) -> dict[str, Tensor]:
 def masters(engine: engines.Engine) -> dict[str, Tensor]:
     named = dict(engine.model.named_parameters())
     if engine.deepspeed.zero_optimization_stage() > 0:
-        return {
-            name: safe_get_full_fp32_param(parameter).float().clone() for name, parameter in named.items()
-        }
+        return {name: safe_get_full_fp32_param(parameter).float().clone() for name, parameter in named.items()}
     optimizer = engine.deepspeed.optimizer
     exact: dict[int, Tensor] = {}
     if hasattr(optimizer, "fp32_groups"):

@@ -64,9 +64,7 @@ class Rank:
     def train(self) -> int:
         start = max((int(p.suffix[1:]) for p in self.folder.glob("step.*")), default=0)
         self.meet()
-        self.reporter.update(
-            phase=Phase.TRAINING, step=start, resumed_from_step=start, max_steps=self.stub.steps
-        )
+        self.reporter.update(phase=Phase.TRAINING, step=start, resumed_from_step=start, max_steps=self.stub.steps)
         (self.folder / f"pid.{self.rank}").write_text(str(os.getpid()))
         for step in range(start + 1, self.stub.steps + 1):
             time.sleep(self.stub.step_seconds)

@@ -45,9 +45,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 raise AssertionError(f"rank {rank} failed:\n{error}")
             collected[rank] = pickle.loads(value)
     except queue.Empty:
-        raise AssertionError(
-            f"only ranks {sorted(collected)} of {world_size} answered within {timeout} s"
-        ) from None
+        raise AssertionError(f"only ranks {sorted(collected)} of {world_size} answered within {timeout} s") from None
     finally:
         for process in processes:
             process.join(timeout=10)

@@ -90,9 +90,7 @@ def newest(directory: CheckpointDirectory) -> int:
 
 
 def careful_save(rank: Rank, directory: CheckpointDirectory, seed: bytes) -> None:
-    folder = Path(
-        os.fsdecode(rank.gather(os.fsencode(directory.begin(rank.step)) if rank.rank == 0 else b"-")[0])
-    )
+    folder = Path(os.fsdecode(rank.gather(os.fsencode(directory.begin(rank.step)) if rank.rank == 0 else b"-")[0]))
     entries = []
     for number in range(SHARDS_PER_RANK):
         path = folder / name(rank.rank, number)

@@ -166,9 +166,7 @@ class Trials:
         return len(resumed) == self._world_size or self._is_bad(events)
 
 
-def kill_commit_code(
-    kills: int, base: Path, seed: int, *, naive: bool = False, tally: Tally | None = None
-) -> Tally:
+def kill_commit_code(kills: int, base: Path, seed: int, *, naive: bool = False, tally: Tally | None = None) -> Tally:
     from faults import commit_trials
 
     tally = tally or Tally()
@@ -189,9 +187,7 @@ def kill_engine(kills: int, base: Path, seed: int, *, tally: Tally | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=2000, help="all kills, those of the engine included")
     parser.add_argument("--engine-kills", type=int, default=200, help="kills of training under DeepSpeed")
     parser.add_argument("--naive", action="store_true", help="judge the writer without a manifest instead")

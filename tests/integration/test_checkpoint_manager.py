@@ -32,9 +32,7 @@ from ranks import run_ranks
 RANKS = 2
 
 
-def train_and_save(
-    _rank: int, directory: Path, steps: int, settings: dict[str, Any]
-) -> tuple[str, list[float]]:
+def train_and_save(_rank: int, directory: Path, steps: int, settings: dict[str, Any]) -> tuple[str, list[float]]:
     """Saves after each step; the fingerprint at the last save, and the three losses that follow."""
     run = Run(directory, **settings)
     run.resume()
@@ -109,9 +107,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a truncated shard": lambda folder: os.truncate(folder / optimizer_shard(0), 1000),
     "a missing shard": lambda folder: (folder / optimizer_shard(1)).unlink(),
     "a missing random state": lambda folder: (folder / "rng_rank_1.pt").unlink(),
-    "zeros instead of model states": lambda folder: (folder / "mp_rank_00_model_states.pt").write_bytes(
-        bytes(5000)
-    ),
+    "zeros instead of model states": lambda folder: (folder / "mp_rank_00_model_states.pt").write_bytes(bytes(5000)),
     "a garbage manifest": lambda folder: (folder / "manifest.json").write_bytes(b"\x00\xff{"),
 }
 
@@ -241,9 +237,7 @@ def test_a_finished_run_is_reported_and_its_checkpoint_outlives_retention(tmp_pa
     assert [(rank.state.step, rank.state.finished) for rank in after] == [(3, True)] * RANKS
 
 
-def save_with_full_disk(
-    rank: int, directory: Path, failing_rank: int, what: str
-) -> tuple[str, list[str], int]:
+def save_with_full_disk(rank: int, directory: Path, failing_rank: int, what: str) -> tuple[str, list[str], int]:
     """One good save, one during which the disk of one rank is full, and one more good save."""
     run = Run(directory)
     run.train(1)
@@ -270,9 +264,7 @@ def save_with_full_disk(
     return message, between, run.save().step
 
 
-@pytest.mark.parametrize(
-    ("failing_rank", "what"), [(0, "files"), (1, "files"), (0, "directories"), (1, "directories")]
-)
+@pytest.mark.parametrize(("failing_rank", "what"), [(0, "files"), (1, "files"), (0, "directories"), (1, "directories")])
 def test_a_full_disk_aborts_the_save_on_all_ranks_and_training_can_go_on(
     tmp_path: Path, failing_rank: int, what: str
 ) -> None:
@@ -355,9 +347,7 @@ def train_apart(rank: int, directory: Path) -> type:
     return type(None)
 
 
-def test_ranks_that_do_not_share_the_directory_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_do_not_share_the_directory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamba_trainer.checkpoint.manager._VISIBLE_SECONDS", 0.5)
     assert run_ranks(train_apart, RANKS, tmp_path) == [UserError, UserError]
 

@@ -177,9 +177,7 @@ def test_tiny_steps_move_the_recurrence_as_in_fp32_training_where_sixteen_bits_s
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_resumed_engine_holds_what_was_saved_and_goes_on_as_if_it_had_not_stopped(
-    mode: Mode, run: Run
-) -> None:
+def test_a_resumed_engine_holds_what_was_saved_and_goes_on_as_if_it_had_not_stopped(mode: Mode, run: Run) -> None:
     _, ranks = run(mode)
     for result in ranks:
         for name, value in result.saved.items():
@@ -191,9 +189,7 @@ def test_a_resumed_engine_holds_what_was_saved_and_goes_on_as_if_it_had_not_stop
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_an_export_is_what_the_optimizer_held_and_what_zero_to_fp32_gives(
-    mode: Mode, run: Run, tmp_path: Path
-) -> None:
+def test_an_export_is_what_the_optimizer_held_and_what_zero_to_fp32_gives(mode: Mode, run: Run, tmp_path: Path) -> None:
     checkpoint, ranks = run(mode)
     convert.export(checkpoint, tmp_path / "ours", "ours")
     config, weights = convert.open_model(tmp_path / "ours")
@@ -211,9 +207,7 @@ def test_a_checkpoint_generates_as_its_export_does(run: Run, tmp_path: Path) -> 
     checkpoint, _ = run(Mode(3, "bf16"))
     convert.export(checkpoint, tmp_path / "hf", "hf")
     tokens, _ = batch(0, 0, 0)
-    logits = [
-        load_for_generation(source, CPU, torch.float32)(tokens) for source in (checkpoint, tmp_path / "hf")
-    ]
+    logits = [load_for_generation(source, CPU, torch.float32)(tokens) for source in (checkpoint, tmp_path / "hf")]
     assert torch.equal(*logits)
 
 

@@ -69,7 +69,9 @@ def test_offload_and_16_bit_masters_train(stage: int, offload: str, master: str)
 def _check_kernel(rank: int, precision: str) -> str:
     device = engines.local_device()
     backend = choose("mamba_ssm", parse_config(RAW).model, device)
-    selftest.check(backend, device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], 16, 4)
+    selftest.check(
+        backend, device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], 16, 4
+    )
     return backend.name
 
 

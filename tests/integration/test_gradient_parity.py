@@ -130,9 +130,7 @@ def reference() -> Trained:
                 loss = model(*batch(step, rank, micro)) / (RANKS * ACCUMULATION)
                 loss.backward()
                 total += loss.item()
-        gradients = gradients or {
-            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-        }
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         means.append(total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()

@@ -48,9 +48,7 @@ def test_omp_num_threads_of_the_user_stands(tmp_path: Path, monkeypatch: pytest.
     assert environments(tmp_path)[0]["OMP_NUM_THREADS"] == "7"
 
 
-def test_a_busy_master_port_is_replaced_and_it_says_so(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_busy_master_port_is_replaced_and_it_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         wanted = busy.getsockname()[1]
         port = environments(tmp_path, master_port=wanted)[0]["MASTER_PORT"]
@@ -81,9 +79,7 @@ def test_a_pod_is_described_by_the_environment_of_the_contract() -> None:
     assert (spec.master_addr, spec.master_port, spec.supervise) == ("job-0.job", 29501, False)
 
 
-@pytest.mark.parametrize(
-    "environ", [{"MAMBA_NNODES": "two"}, {"MAMBA_NODE_RANK": "1"}, {"MAMBA_NNODES": "0"}]
-)
+@pytest.mark.parametrize("environ", [{"MAMBA_NNODES": "two"}, {"MAMBA_NODE_RANK": "1"}, {"MAMBA_NNODES": "0"}])
 def test_a_broken_description_of_a_pod_is_a_user_error(environ: dict[str, str]) -> None:
     with pytest.raises(UserError):
         LaunchSpec.in_pod(["train"], environ)

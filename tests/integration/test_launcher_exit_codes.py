@@ -35,9 +35,7 @@ def test_a_failure_of_any_rank_ends_all_with_its_code(code: int, rank: int, tmp_
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(
-    "signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGINT, signal.SIGTERM]
-)
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGINT, signal.SIGTERM])
 def test_a_rank_that_dies_by_a_signal_ends_all_with_128_and_its_number(
     signum: signal.Signals, rank: int, tmp_path: Path
 ) -> None:
@@ -80,9 +78,7 @@ def test_what_ranks_have_started_ends_with_them(tmp_path: Path) -> None:
 
 
 def test_the_last_lines_of_the_failing_rank_are_its_message(tmp_path: Path) -> None:
-    launch = Launch(
-        tmp_path, stub(tmp_path, trouble="exit:3", rank=1, at_step=2, save_every=1, stuck_without_it=True)
-    )
+    launch = Launch(tmp_path, stub(tmp_path, trouble="exit:3", rank=1, at_step=2, save_every=1, stuck_without_it=True))
     assert launch.wait() == 3
     message = launch.message()
     assert message["message"] == "last words of rank 1"
@@ -119,9 +115,7 @@ def test_the_stdout_of_rank_0_passes_unchanged_and_that_of_others_is_marked(
 
 
 def test_a_rank_that_dies_never_leaves_one_that_waits_for_it(tmp_path: Path) -> None:
-    command = stub(
-        tmp_path, trouble="signal:9", rank=1, stuck_without_it=True, ignore_sigterm=True, child=True
-    )
+    command = stub(tmp_path, trouble="signal:9", rank=1, stuck_without_it=True, ignore_sigterm=True, child=True)
     launch = Launch(tmp_path, command)
     launch.ranks_train()
     family = launch.family()
@@ -146,9 +140,7 @@ def test_a_command_that_does_not_exist_is_a_user_error(tmp_path: Path) -> None:
     assert launch.message()["reason"] == "UserError"
 
 
-def test_an_unwritable_termination_log_costs_a_warning_only(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_termination_log_costs_a_warning_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spec = LaunchSpec([sys.executable, "-c", ""], termination_log=tmp_path / "no" / "folder", limits=QUICK)
     assert run(spec) == 0
     assert "cannot write the termination message" in capfd.readouterr().err

@@ -67,9 +67,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pair]]
     yield {
         "meet": start(root / "meet", [sys.executable, "-c", COLLECTIVE]),
         "stale": start(root / "stale", ["sleep", "100"], attempts=(4, 3)),
-        "fail": start(
-            root / "fail", stub(root / "fail", steps=100_000, trouble="exit:70", rank=1, at_step=20)
-        ),
+        "fail": start(root / "fail", stub(root / "fail", steps=100_000, trouble="exit:70", rank=1, at_step=20)),
         **{name: start(root / name, command) for name, command in endless.items()},
     }
 
@@ -87,9 +85,7 @@ def test_when_a_rank_fails_its_node_has_the_code_and_the_other_lost_a_peer(pairs
     assert (message["reason"], message["message"]) == ("PeerLost", "Node 1 ended with 70 (OUT_OF_MEMORY).")
 
 
-@pytest.mark.parametrize(
-    ("victim", "message"), [(1, "Node 1 was silent"), (0, "The store on node 0 is gone")]
-)
+@pytest.mark.parametrize(("victim", "message"), [(1, "Node 1 was silent"), (0, "The store on node 0 is gone")])
 def test_when_a_launcher_is_killed_the_other_node_ends_with_76(
     victim: int, message: str, pairs: dict[str, Pair]
 ) -> None:

@@ -19,9 +19,7 @@ STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 def long_save(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """Started before all tests of this module, so that they run while it saves."""
     folder = tmp_path_factory.mktemp("long_save")
-    launch = Launch(
-        folder, stub(folder, steps=10_000, save_seconds=LONG_SAVE_SECONDS), limits={"other_phase": 1.0}
-    )
+    launch = Launch(folder, stub(folder, steps=10_000, save_seconds=LONG_SAVE_SECONDS), limits={"other_phase": 1.0})
     launch.ranks_train()
     launch.send(signal.SIGTERM)
     yield launch
@@ -40,9 +38,7 @@ def saving(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("signum", STOPS)
-def test_a_stop_signal_to_the_launcher_saves_and_ends_all_with_75(
-    signum: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_stop_signal_to_the_launcher_saves_and_ends_all_with_75(signum: signal.Signals, tmp_path: Path) -> None:
     launch = training(tmp_path)
     launch.send(signum)
     assert launch.wait() == 75
@@ -128,9 +124,7 @@ def test_a_hang_is_found_its_stack_is_kept_and_all_end_with_73(tmp_path: Path) -
 
 
 def test_a_stopped_rank_beats_no_more_and_all_end_with_73(tmp_path: Path) -> None:
-    launch = Launch(
-        tmp_path, stub(tmp_path, steps=1000, trouble="signal:19", rank=1), limits={"heartbeat": 2.0}
-    )
+    launch = Launch(tmp_path, stub(tmp_path, steps=1000, trouble="signal:19", rank=1), limits={"heartbeat": 2.0})
     assert launch.wait() == 73
     assert launch.message()["rank"] == 1
     assert "has not beaten" in launch.message()["message"]

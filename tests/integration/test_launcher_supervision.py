@@ -23,9 +23,7 @@ def attempts(tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("trouble", ["exit:1", "exit:76", "signal:9", "signal:11"])
-def test_a_failure_resumes_from_the_last_checkpoint_and_trains_to_the_end(
-    trouble: str, tmp_path: Path
-) -> None:
+def test_a_failure_resumes_from_the_last_checkpoint_and_trains_to_the_end(trouble: str, tmp_path: Path) -> None:
     trouble_once = {"trouble": trouble, "rank": 1, "at_step": 5, "attempts": 1, "stuck_without_it": True}
     launch = supervised(tmp_path, steps=6, save_every=2, **trouble_once)
     assert launch.wait() == 0
@@ -43,9 +41,7 @@ def test_what_no_retry_helps_is_not_retried(code: int, tmp_path: Path) -> None:
 
 
 def test_a_hang_is_restarted(tmp_path: Path) -> None:
-    command = stub(
-        tmp_path, steps=60, save_every=30, trouble="hang", at_step=40, attempts=1, stuck_without_it=True
-    )
+    command = stub(tmp_path, steps=60, save_every=30, trouble="hang", at_step=40, attempts=1, stuck_without_it=True)
     limits = {"step_floor": 1.0, "step_factor": 2.0}
     launch = Launch(tmp_path, command, limits=limits, supervise=True, restart_policy=AT_ONCE)
     assert launch.wait() == 0
@@ -87,9 +83,7 @@ def test_a_stop_seen_by_a_rank_alone_is_resumed_without_budget(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_asked_of_the_launcher_ends_supervision_with_75(
-    signum: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_stop_asked_of_the_launcher_ends_supervision_with_75(signum: signal.Signals, tmp_path: Path) -> None:
     launch = supervised(tmp_path, steps=10_000)
     launch.ranks_train()
     launch.send(signum)

@@ -62,9 +62,7 @@ def of(**labels: str) -> tuple[tuple[str, str], ...]:
 
 def test_status_says_what_the_contract_promises(board: ReportBoard, server: StatusServer) -> None:
     with reporter(board, 0) as first, reporter(board, 1) as second:
-        first.update(
-            phase=Phase.TRAINING, step=7, max_steps=100, loss=2.5, tokens_per_second=1e4, peak_memory_bytes=5
-        )
+        first.update(phase=Phase.TRAINING, step=7, max_steps=100, loss=2.5, tokens_per_second=1e4, peak_memory_bytes=5)
         first.update(last_checkpoint_step=5)
         second.update(phase=Phase.SAVING, step=6, peak_memory_bytes=9)
         status = StatusReport.model_validate_json(get(server.port, "/status")[1])
@@ -79,17 +77,13 @@ def test_status_says_what_the_contract_promises(board: ReportBoard, server: Stat
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_leaves_status_readable(
-    loss: float, board: ReportBoard, server: StatusServer
-) -> None:
+def test_a_loss_that_is_no_number_leaves_status_readable(loss: float, board: ReportBoard, server: StatusServer) -> None:
     with reporter(board, 0) as first:
         first.update(loss=loss)
         assert StatusReport.model_validate_json(get(server.port, "/status")[1]).loss is None
 
 
-def test_every_metric_of_the_table_is_served_with_its_type_and_labels(
-    board: ReportBoard, server: StatusServer
-) -> None:
+def test_every_metric_of_the_table_is_served_with_its_type_and_labels(board: ReportBoard, server: StatusServer) -> None:
     numbers = {
         "step": 7,
         "max_steps": 100,

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for devices must not create a CUDA context before the fork
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import deepspeed  # noqa: E402, F401 imported before the forks
+import deepspeed  # noqa: F401 imported before the forks
 
-from mamba_trainer.config import parse_config  # noqa: E402
-from mamba_trainer.contract import TrainerError  # noqa: E402
-from mamba_trainer.plan import Hardware, plan_training  # noqa: E402
-from mamba_trainer.rehearse import rehearse  # noqa: E402
+from mamba_trainer.config import parse_config
+from mamba_trainer.contract import TrainerError
+from mamba_trainer.plan import Hardware, plan_training
+from mamba_trainer.rehearse import rehearse
 
 
 class Case(NamedTuple):
@@ -63,7 +63,7 @@ def run_case(case: Case, results: Any) -> None:
         # Planned as if the card were large, so that the plan's figure is seen even where it says no.
         plan = plan_training(config, Hardware(gpus=case.gpus, name="rehearsal", gpu_bytes=10**12))
         measured = rehearse(config, plan, cap=int(case.cap_gb * 1e9))
-        results.put({**measured.__dict__, "planned": plan.gpu_allocated, "terms": {k: v for k, v in plan.gpu_memory.items()}})
+        results.put({**measured.__dict__, "planned": plan.gpu_allocated, "terms": dict(plan.gpu_memory.items())})
     except TrainerError as error:
         results.put({"failed": str(error)})
     except BaseException:
@@ -92,13 +92,18 @@ def main() -> None:
         child.join()
         rows.append({**case._asdict(), **row})
         (options.out / "rehearsal.json").write_text(json.dumps(rows))
-        name = f"{case.preset} 1 of {case.gpus} ZeRO-{case.zero_stage} offload {case.offload} master {case.master} cap {case.cap_gb}"
+        name = f"{case.preset} 1 of {case.gpus} ZeRO-{case.zero_stage}, offload {case.offload}, master {case.master}"
+        name += f", cap {case.cap_gb} GB"
         if "failed" in row:
             print(f"{name}: FAILED {row['failed']}", flush=True)
             continue
-        print(f"{name}: start {row['after_start'] / 1e9:.1f}, peak {row['peak_allocated'] / 1e9:.2f} GB (planned "
-              f"{row['planned'] / 1e9:.2f}), reserved {row['peak_reserved'] / 1e9:.2f}, last step {row['step_seconds']:.2f} s, "
-              f"loss {row['losses']}, whole {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+        figures = {key: row[key] / 1e9 for key in ("after_start", "peak_allocated", "planned", "peak_reserved")}
+        print(
+            f"{name}: after start {figures['after_start']:.2f} GB, peak {figures['peak_allocated']:.2f} (planned "
+            f"{figures['planned']:.2f}), reserved {figures['peak_reserved']:.2f}; last step {row['step_seconds']:.2f} s, "
+            f"losses {row['losses']}, {time.perf_counter() - started:.0f} s in all",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

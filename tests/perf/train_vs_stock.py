@@ -22,19 +22,18 @@ from typing import Any
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for devices must not create a CUDA context before the fork
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import deepspeed
+import torch
 
-from mamba_trainer import engine as engines  # noqa: E402
-from mamba_trainer.config import TrainerConfig, lay_over, parse_config  # noqa: E402
-from mamba_trainer.data.dataset import TokenDataset  # noqa: E402
-from mamba_trainer.init import initial_value  # noqa: E402
-from mamba_trainer.loop import Callback, StepResult, StopRequest, Trainer  # noqa: E402
-from mamba_trainer.plan import Hardware, plan_training  # noqa: E402
-from mamba_trainer.plan.hardware import detect  # noqa: E402
-from mamba_trainer.resolve import read_setting  # noqa: E402
-from mamba_trainer.schedule import learning_rate  # noqa: E402
+from mamba_trainer import engine as engines
+from mamba_trainer.config import TrainerConfig, lay_over, parse_config
+from mamba_trainer.data.dataset import TokenDataset
+from mamba_trainer.init import initial_value
+from mamba_trainer.loop import Callback, StepResult, StopRequest, Trainer
+from mamba_trainer.plan import Hardware, plan_training
+from mamba_trainer.plan.hardware import detect
+from mamba_trainer.resolve import read_setting
+from mamba_trainer.schedule import learning_rate
 
 
 class Record(Callback):
@@ -125,7 +124,13 @@ def _result(record: Record, scan: str) -> dict[str, Any]:
 
 
 def _child(function: Any, config: TrainerConfig, data: Path, results: Any) -> None:
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29513",
+    }
     try:
         results.put(function(config, detect(Path.cwd()), data))
     except BaseException:
@@ -160,11 +165,18 @@ def main() -> None:
     report: dict[str, Any] = {"preset": options.preset, "sequences": options.sequences, "micro": options.micro}
     for run in options.runs.split(","):
         kind, _, seed = run.partition(":")
-        raw = lay_over({"preset": options.preset}, {
-            "training": {"global_batch_size": options.sequences, "micro_batch_size": options.micro, "seed": int(seed),
-                         "max_steps": options.steps, "warmup_steps": min(50, options.steps), "learning_rate": options.learning_rate},
-            "parallelism": {"num_gpus": 1, "precision": "bf16"},
-        })  # fmt: skip
+        training = {
+            "global_batch_size": options.sequences,
+            "micro_batch_size": options.micro,
+            "seed": int(seed),
+            "max_steps": options.steps,
+            "warmup_steps": min(50, options.steps),
+            "learning_rate": options.learning_rate,
+        }
+        raw = lay_over(
+            {"preset": options.preset},
+            {"training": training, "parallelism": {"num_gpus": 1, "precision": "bf16"}},
+        )
         for setting in options.settings:
             raw = lay_over(raw, read_setting(setting))
         config = parse_config(raw)
@@ -180,8 +192,11 @@ def main() -> None:
             continue
         losses, seconds = report[run]["losses"], report[run]["seconds"][3:]
         pace = config.tokens_per_step / statistics.median(seconds or [float("nan")])
-        print(f"{options.preset} {run}: loss {losses[0]:.4f} -> {statistics.mean(losses[-20:]):.4f}, median {pace:,.0f} tok/s, "
-              f"peak {report[run]['peak_allocated'] / 1e9:.1f} GB, whole run {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+        print(
+            f"{options.preset} {run}: loss {losses[0]:.4f} -> {statistics.mean(losses[-20:]):.4f}, median {pace:,.0f} "
+            f"tok/s, peak {report[run]['peak_allocated'] / 1e9:.1f} GB, {time.perf_counter() - started:.0f} s in all",
+            flush=True,
+        )
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{options.preset}.json").write_text(json.dumps(report))
 

@@ -26,9 +26,7 @@ def opened(path: Path, attempt: int = 1) -> CheckpointDirectory:
 def fill(folder: Path, step: int, content: bytes = b"weights") -> Manifest:
     written = write_bytes(folder / "a.pt", content)
     entry = FileEntry(path="a.pt", size=written.size, sha256=written.sha256, rank=0)
-    return Manifest(
-        step=step, attempt=1, world_size=1, zero_stage=1, data_position=0, config_hash="", files=(entry,)
-    )
+    return Manifest(step=step, attempt=1, world_size=1, zero_stage=1, data_position=0, config_hash="", files=(entry,))
 
 
 def save(directory: CheckpointDirectory, step: int, final: bool = False, content: bytes = b"weights") -> Path:

@@ -144,9 +144,7 @@ def test_an_option_of_the_user_removes_its_rival_from_the_preset() -> None:
     config = parse_config({"preset": "tiny", "data": {"path": "/data/books"}})
     assert config.data.path == Path("/data/books")
     assert config.data.builtin is None
-    batch = parse_config(
-        {"preset": "7b_mamba", "training": {"global_batch_size": 24}}
-    ).training.global_batch_size
+    batch = parse_config({"preset": "7b_mamba", "training": {"global_batch_size": 24}}).training.global_batch_size
     assert batch == 24
 
 

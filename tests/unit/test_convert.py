@@ -77,9 +77,7 @@ def mamba_ssm_config(**options: Any) -> dict[str, Any]:
     return published | options
 
 
-@pytest.mark.parametrize(
-    "ssm", [{}, {"layer": "Mamba1", "d_state": 8, "expand": 1, "d_conv": 2, "dt_rank": 3}]
-)
+@pytest.mark.parametrize("ssm", [{}, {"layer": "Mamba1", "d_state": 8, "expand": 1, "d_conv": 2, "dt_rank": 3}])
 def test_a_folder_of_mamba_ssm_is_imported(ssm: dict[str, Any], tmp_path: Path) -> None:
     shape = {key: value for key, value in ssm.items() if key != "layer"}
     model = make_random_model(make_model_config(**({"n_layer": 2, "d_state": 16} | shape)))
@@ -97,9 +95,7 @@ def test_mamba_ssm_gets_the_fields_and_tensors_it_loads_strictly(tied: bool, tmp
     assert (written["d_model"], written["n_layer"], written["vocab_size"]) == (16, 3, 50)
     assert written["ssm_cfg"] == {"d_state": 8, "d_conv": 4, "expand": 2, "dt_rank": "auto"}
     state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
-    assert {name: t.shape for name, t in state.items()} == {
-        name: t.shape for name, t in model.state_dict().items()
-    }
+    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in model.state_dict().items()}
     assert (state["lm_head.weight"].data_ptr() == state["backbone.embedding.weight"].data_ptr()) == tied
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "pytorch_model.bin"]
 
@@ -123,9 +119,7 @@ def test_an_export_in_sixteen_bit_rounds_each_number_once(tmp_path: Path) -> Non
         assert torch.equal(written[name.replace("embedding.", "embeddings.")], parameter.bfloat16()), name
 
 
-def test_a_large_model_is_written_in_shards_and_read_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_model_is_written_in_shards_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "SHARD_BYTES", 6_000)
     model = make_random_model(make_model_config())
     convert.export(save_ours(model, tmp_path / "model"), tmp_path / "hf", "hf")
@@ -171,9 +165,7 @@ HF = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_s
         ({"mamba_trainer": {"d_model": 16}}, "n_layer"),
     ],
 )
-def test_a_model_that_ours_cannot_be_is_refused_with_the_option(
-    raw: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_a_model_that_ours_cannot_be_is_refused_with_the_option(raw: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError) as refusal:
         convert.import_(tmp_path, tmp_path / "out")
@@ -187,9 +179,7 @@ def test_mamba_ssm_cannot_express_another_epsilon(tmp_path: Path) -> None:
         convert.export(save_ours(model, tmp_path / "model"), tmp_path / "out", "mamba_ssm")
 
 
-@pytest.mark.parametrize(
-    "damage", ["missing", "shape", "cut", "gone", "index", "nested", "no config", "no json"]
-)
+@pytest.mark.parametrize("damage", ["missing", "shape", "cut", "gone", "index", "nested", "no config", "no json"])
 def test_damaged_weights_are_a_user_error_that_names_the_place(damage: str, tmp_path: Path) -> None:
     model = make_model(make_model_config())
     folder = save_ours(model, tmp_path / "model")
@@ -271,9 +261,7 @@ def test_a_wrong_argument_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_failed_export_leaves_no_folder_that_looks_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_no_folder_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -27,9 +27,7 @@ def test_every_epoch_visits_every_sample_exactly_once(num_samples, seed, number)
 
 
 @given(sizes, seeds, st.integers(0, 10**9), st.lists(world_sizes, min_size=1, max_size=5))
-def test_a_run_resumed_with_other_world_sizes_goes_on_with_the_same_global_batches(
-    num_samples, seed, position, worlds
-):
+def test_a_run_resumed_with_other_world_sizes_goes_on_with_the_same_global_batches(num_samples, seed, position, worlds):
     uninterrupted = SampleOrder(num_samples, seed).samples_at(
         np.arange(position, position + GLOBAL_BATCH * len(worlds))
     )

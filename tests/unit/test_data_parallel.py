@@ -17,9 +17,7 @@ def test_results_come_in_the_order_of_the_items_though_the_first_takes_longest(w
 
 def test_no_more_items_are_taken_than_are_needed_to_keep_all_workers_busy():
     taken = []
-    items = (
-        "__import__('time').sleep(0.5) or 0" if not i else taken.append(i) or str(i) for i in range(1_000)
-    )
+    items = ("__import__('time').sleep(0.5) or 0" if not i else taken.append(i) or str(i) for i in range(1_000))
     results = ordered_map(eval, items, 2)
     assert next(results) == 0
     assert len(taken) < 20

@@ -92,9 +92,7 @@ def test_gpt2_files_give_the_same_tokens_as_the_tokenizer_they_came_from(bpe, tm
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in model["merges"]))
     loaded = load_tokenizer(tmp_path)
-    assert [ids.tolist() for ids in loaded.encode_batch(TEXTS)] == [
-        ids.tolist() for ids in bpe.encode_batch(TEXTS)
-    ]
+    assert [ids.tolist() for ids in loaded.encode_batch(TEXTS)] == [ids.tolist() for ids in bpe.encode_batch(TEXTS)]
     assert (loaded.eot_id, loaded.vocab_size) == (bpe.eot_id, bpe.vocab_size)
 
 

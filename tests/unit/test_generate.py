@@ -22,9 +22,7 @@ def test_step_by_step_logits_equal_the_parallel_form_at_every_position(shape: st
 
 @pytest.mark.parametrize("prompt", [1, 2, 7, 16])
 @pytest.mark.parametrize("chunk", [3, 64])
-def test_steps_go_on_from_a_prompt_of_any_length(
-    prompt: int, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_go_on_from_a_prompt_of_any_length(prompt: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_CHUNK", chunk)
     model = make_random_model(make_model_config())
     tokens = make_tokens(model.config, length=17)
@@ -77,9 +75,7 @@ def test_padding_of_the_vocabulary_is_never_generated() -> None:
     assert set(generate(model, [0], 60)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize(
-    ("tokens", "said"), [([], "nothing to continue"), ([50], "outside"), ([-1], "outside")]
-)
+@pytest.mark.parametrize(("tokens", "said"), [([], "nothing to continue"), ([50], "outside"), ([-1], "outside")])
 def test_a_prompt_that_is_none_is_refused(tokens: list[int], said: str) -> None:
     with pytest.raises(UserError, match=said):
         list(generate(make_model(make_model_config()), tokens, 1))

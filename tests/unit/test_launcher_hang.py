@@ -15,9 +15,7 @@ LIMITS = Limits(heartbeat=60, step_floor=60, step_factor=10, first_steps=1800, o
 Life = Callable[[int], RankRecord]
 
 
-def record(
-    now: int, step: int = 0, phase: Phase = Phase.TRAINING, rank: int = 0, beats: bool = True
-) -> RankRecord:
+def record(now: int, step: int = 0, phase: Phase = Phase.TRAINING, rank: int = 0, beats: bool = True) -> RankRecord:
     return RankRecord(rank, rank, phase=phase, step=step, heartbeat=float(now) if beats else 1.0)
 
 
@@ -38,9 +36,7 @@ def test_a_rank_that_steps_for_ever_never_hangs() -> None:
 
 
 @pytest.mark.parametrize(("pace", "limit"), [(1, 60), (5, 60), (20, 200), (100, 1000)])
-def test_a_rank_that_stops_stepping_hangs_after_ten_slowest_steps_but_a_minute_at_least(
-    pace: int, limit: int
-) -> None:
+def test_a_rank_that_stops_stepping_hangs_after_ten_slowest_steps_but_a_minute_at_least(pace: int, limit: int) -> None:
     stops_at = pace * 20
     found = first_hang(steps_every(pace, until=stops_at))
     assert found is not None

@@ -20,16 +20,12 @@ from mamba_trainer.restart import Cause
         pytest.param([End(75, 1, 0), End(1, 2, 1)], 1, id="one failed while stopping"),
         pytest.param([End(70, 1, 1), End(1, 2, 0)], 70, id="the first failure"),
         pytest.param([End(1, 1, 1), End(70, 2, 0)], 1, id="the first failure, also if it has no name"),
-        pytest.param(
-            [End(76, 1, 0), End(70, 9, 1)], 70, id="a lost peer is never the cause if there is another"
-        ),
+        pytest.param([End(76, 1, 0), End(70, 9, 1)], 70, id="a lost peer is never the cause if there is another"),
         pytest.param([End(76, 1, 0), End(76, 2, 1)], 76, id="nothing but lost peers"),
         pytest.param([End(76, 1, 0), End(0, 2, 1)], 76, id="a lost peer is a failure"),
         pytest.param([End(137, 3, 0, killed=True), End(73, 4, 1)], 73, id="whom we killed does not count"),
         pytest.param([End(0, 1, 0), End(137, 60, 1, killed=True)], 0, id="done, but one did not leave"),
-        pytest.param(
-            [End(1, 1, 0), End(137, 1, 1)], 137, id="found dead together: the signal broke the other"
-        ),
+        pytest.param([End(1, 1, 0), End(137, 1, 1)], 137, id="found dead together: the signal broke the other"),
         pytest.param([End(1, 1, 0), End(64, 1, 1)], 64, id="found dead together: the one with a name"),
     ],
 )

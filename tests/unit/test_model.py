@@ -15,11 +15,7 @@ from mamba_trainer.model import FP32_PARAMETERS, MambaLM
 def gradients(model: MambaLM, tokens: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(tokens[:, :-1], tokens[:, 1:]).backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def export_to_hf(model: MambaLM, folder: Path) -> MambaForCausalLM:
@@ -73,9 +69,7 @@ def test_recompute_changes_no_gradient(every: int) -> None:
 
 
 @pytest.mark.parametrize(("every", "runs"), [(0, 1), (1, 2), (2, 2)])
-def test_recompute_runs_each_block_again_in_the_backward_and_never_in_evaluation(
-    every: int, runs: int
-) -> None:
+def test_recompute_runs_each_block_again_in_the_backward_and_never_in_evaluation(every: int, runs: int) -> None:
     config = make_model_config(n_layer=3)
     model, tokens = make_model(config), make_tokens(config)
     model.set_recompute(every)
@@ -115,9 +109,7 @@ def test_a_sixteen_bit_model_reads_the_recurrence_in_fp32(dtype: torch.dtype) ->
         assert half.fp32_values.keys() == set(FP32_PARAMETERS)
         assert torch.equal(half.weights().A, full.weights().A)
         assert torch.equal(half.weights().dt_bias, full.weights().dt_bias)
-        assert not torch.equal(half.A_log.float(), full.A_log), (
-            "rounding must matter for this test to mean anything"
-        )
+        assert not torch.equal(half.A_log.float(), full.A_log), "rounding must matter for this test to mean anything"
 
 
 def test_the_gradient_of_an_fp32_value_reaches_its_parameter() -> None:

@@ -64,16 +64,12 @@ def test_cpu_processes_train_in_fp32_under_zero2_and_one_process_without_partiti
 
 def test_cpu_memory_is_the_budget_of_all_processes():
     with pytest.raises(UserError, match="What fits") as refusal:
-        plan_training(
-            config("tiny", 8, training={"global_batch_size": 32}), Hardware(gpus=0, host_bytes=4 * GB)
-        )
+        plan_training(config("tiny", 8, training={"global_batch_size": 32}), Hardware(gpus=0, host_bytes=4 * GB))
     assert "4 processes" in str(refusal.value)
 
 
 def test_a_card_without_bf16_gets_fp16_and_an_explicit_bf16_is_refused():
-    old = named("RTX 3090", 1).model_copy(
-        update={"name": "V100", "precisions": (Precision.FP16, Precision.FP32)}
-    )
+    old = named("RTX 3090", 1).model_copy(update={"name": "V100", "precisions": (Precision.FP16, Precision.FP32)})
     assert plan_training(config("1b_mamba", 1), old).precision is Precision.FP16
     with pytest.raises(UserError, match="V100 cannot compute in bf16"):
         plan_training(config("1b_mamba", 1, parallelism={"precision": "bf16"}), old)
@@ -217,9 +213,7 @@ def test_more_memory_never_makes_a_fitting_job_not_fit(model, length, gpus, memo
 
 @settings(max_examples=200, deadline=None)
 @given(model=jobs, length=lengths, gpus=gpu_counts, memory=memories, parallelism=wishes)
-def test_a_plan_fits_and_keeps_the_global_batch_and_a_refusal_is_concrete(
-    model, length, gpus, memory, parallelism
-):
+def test_a_plan_fits_and_keeps_the_global_batch_and_a_refusal_is_concrete(model, length, gpus, memory, parallelism):
     result = attempt(model, length, gpus, memory, parallelism)
     if isinstance(result, str):
         assert any(f"Too big: {term}." in result for term in Term)

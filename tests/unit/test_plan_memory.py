@@ -50,9 +50,7 @@ def plan(config: TrainerConfig, **update: object) -> TrainingPlan:
         (4, 2, "cpu", "fp32", 22.2),
     ],
 )
-def test_the_7b_needs_what_a_rehearsed_rank_of_stock_mamba_allocated(
-    gpus, stage, offload, master, measured_gb
-):
+def test_the_7b_needs_what_a_rehearsed_rank_of_stock_mamba_allocated(gpus, stage, offload, master, measured_gb):
     """Peak of `max_memory_allocated` on an H100, per-layer recompute, chunked loss, real steps."""
     predicted = plan(job("7b_mamba", gpus, stage, offload), master_dtype=master).gpu_allocated / GB
     assert predicted == pytest.approx(measured_gb - STOCK_SECOND_STREAM, rel=0.05)
@@ -69,9 +67,7 @@ def test_zero2_of_the_7b_is_never_predicted_smaller_than_the_rehearsal(gpus, mea
     ("preset", "micro", "accumulation", "recompute", "measured_gb"),
     [("1b_mamba", 1, 4, "none", 32.5), ("1b_mamba", 4, 2, "none", 63.3), ("3b_mamba", 1, 4, "none", 63.1)],
 )
-def test_one_gpu_needs_what_stock_mamba_under_zero2_allocated(
-    preset, micro, accumulation, recompute, measured_gb
-):
+def test_one_gpu_needs_what_stock_mamba_under_zero2_allocated(preset, micro, accumulation, recompute, measured_gb):
     config = job(
         preset, 1, 2, recompute=recompute, micro_batch_size=micro, gradient_accumulation_steps=accumulation
     )  # fmt: skip

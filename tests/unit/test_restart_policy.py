@@ -108,9 +108,7 @@ def test_the_delay_doubles_up_to_five_minutes() -> None:
 @pytest.mark.parametrize(("code", "budget"), [(1, 10), (137, 10), (76, 10), (73, 3)])
 def test_a_budget_ends_also_while_training_moves_on(code: int, budget: int) -> None:
     def after(failures: int) -> Decision:
-        return decide(
-            history(*progressing(code, failures)), ended(code, start=100 * failures, saved=9999), NOW
-        )
+        return decide(history(*progressing(code, failures)), ended(code, start=100 * failures, saved=9999), NOW)
 
     assert isinstance(after(budget - 1), Restart)
     assert stop_reason(after(budget)) == "BackoffLimitExceeded"
@@ -151,14 +149,10 @@ def test_attempts_that_end_before_they_know_their_step_are_no_progress() -> None
     "attempts",
     [
         pytest.param([ended(1, 500), ended(1, 500)], id="only two"),
-        pytest.param(
-            [ended(1, 500), ended(1, 500), ended(1, 500, saved=600)], id="the last saved a newer one"
-        ),
+        pytest.param([ended(1, 500), ended(1, 500), ended(1, 500, saved=600)], id="the last saved a newer one"),
         pytest.param([ended(1, 400, saved=500), ended(1, 500), ended(1, 500)], id="the second moved on"),
         pytest.param([ended(1, 500, saved=600), ended(1, None), ended(1, None)], id="its save may be good"),
-        pytest.param(
-            [ended(1, 500), ended(75, 500, stop_requested=True), ended(1, 500)], id="stopped by hand"
-        ),
+        pytest.param([ended(1, 500), ended(75, 500, stop_requested=True), ended(1, 500)], id="stopped by hand"),
         pytest.param([ended(70, 500, can_adapt=True)] * 2 + [ended(1, 500)], id="under other plans"),
     ],
 )
@@ -178,9 +172,7 @@ outcomes = codes.flatmap(
     lambda code: st.builds(
         Outcome,
         exit_code=st.just(code),
-        cause=st.just(Cause.of(code))
-        if code != 137
-        else st.sampled_from([Cause.of(137), Cause.HOST_OUT_OF_MEMORY]),
+        cause=st.just(Cause.of(code)) if code != 137 else st.sampled_from([Cause.of(137), Cause.HOST_OUT_OF_MEMORY]),
         resumed_from_step=steps,
         last_checkpoint_step=steps,
         stop_requested=st.booleans(),
@@ -196,9 +188,7 @@ histories = st.lists(records, max_size=20).map(lambda r: sorted(r, key=lambda re
 
 
 @given(histories, outcomes)
-def test_every_history_gets_an_answer_that_can_be_acted_on(
-    past: list[AttemptRecord], latest: Outcome
-) -> None:
+def test_every_history_gets_an_answer_that_can_be_acted_on(past: list[AttemptRecord], latest: Outcome) -> None:
     decision = decide(past, latest, NOW)
     if isinstance(decision, Stop):
         assert decision.exit_code == latest.exit_code

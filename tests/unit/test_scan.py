@@ -37,9 +37,7 @@ def scan_inputs(
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 100])
-def test_the_scan_is_the_recurrence_wherever_its_chunks_end(
-    chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scan_is_the_recurrence_wherever_its_chunks_end(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_scan, "_chunk_length", lambda elements, length: min(chunk, length))
     inputs = scan_inputs(batch=2, length=8, channels=3, n=4)
     got, expected = SelectiveScan.apply(*inputs), recurrence(*inputs)
@@ -115,9 +113,7 @@ def test_the_self_test_passes_a_correct_kernel(dtype: torch.dtype, d_state: int,
         ("gradient of A", "gradient of A"),
     ],
 )
-def test_the_self_test_refuses_a_wrong_kernel_and_says_the_fix(
-    mistake: str, where: str, dtype: torch.dtype
-) -> None:
+def test_the_self_test_refuses_a_wrong_kernel_and_says_the_fix(mistake: str, where: str, dtype: torch.dtype) -> None:
     with pytest.raises(UserError) as refusal:
         selftest.check(Faulty(mistake), CPU, dtype, 16, 4)
     message = str(refusal.value)

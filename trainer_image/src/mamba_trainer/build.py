@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mamba_trainer.config import ModelConfig
 from mamba_trainer.init import initial_value
-from mamba_trainer.model import FP32_PARAMETERS, Block, MambaLM
+from mamba_trainer.model import FP32_PARAMETERS, Block, MambaLM, Mixer
 from mamba_trainer.scan import ScanBackend
 
 #: Name of a parameter -> its fp32 value.
@@ -59,7 +59,9 @@ def build_model(
     def make(module: nn.Module, prefix: str, name: str, parameter: nn.Parameter) -> nn.Parameter:
         value = source(f"{prefix}{name}").to(device)
         if dtype != torch.float32 and name.removeprefix("mixer.") in FP32_PARAMETERS:
-            module.get_submodule("mixer").fp32_values[name.removeprefix("mixer.")] = value.clone()
+            mixer = module.get_submodule("mixer")
+            assert isinstance(mixer, Mixer)
+            mixer.fp32_values[name.removeprefix("mixer.")] = value.clone()
         made = nn.Parameter(value.to(dtype))
         made.__dict__.update(parameter.__dict__)
         return made

@@ -46,9 +46,7 @@ def run(
     max_steps: Annotated[int | None, _option("max-steps", "Optimizer steps.")] = None,
     port: Annotated[int | None, _option("port", "Rendezvous port; a busy one is replaced.")] = None,
     profile: Annotated[int | None, _option("profile", "Trace this many steps with torch.profiler.")] = None,
-    settings: Annotated[
-        list[str] | None, _option("set", "Any option, as GROUP.OPTION=VALUE (repeatable).")
-    ] = None,
+    settings: Annotated[list[str] | None, _option("set", "Any option, as GROUP.OPTION=VALUE (repeatable).")] = None,
     dry_run: Annotated[bool, _option("dry-run", "Check everything and print the plan; train nothing.")] = False,
     check_memory: Annotated[bool, _option("check-memory", "Print what fits in how much memory.")] = False,
     gpu: Annotated[str | None, _option("gpu", "With --dry_run or --check_memory: plan for this card.")] = None,
@@ -80,10 +78,16 @@ def run(
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="Text, .jsonl, .parquet, a folder, a saved HF dataset, or python-stdlib.")],
+    source: Annotated[
+        str, typer.Argument(help="Text, .jsonl, .parquet, a folder, a saved HF dataset, or python-stdlib.")
+    ],
     out_dir: Annotated[Path, typer.Argument(help="Directory to write.")],
-    tokenizer: Annotated[str, _option("tokenizer", "byte, bpe:N, or the path of a tokenizer.json or its folder.")] = "byte",
-    eot_token: Annotated[str | None, _option("eot-token", "The tokenizer's end-of-text token, if it names none.")] = None,
+    tokenizer: Annotated[
+        str, _option("tokenizer", "byte, bpe:N, or the path of a tokenizer.json or its folder.")
+    ] = "byte",
+    eot_token: Annotated[
+        str | None, _option("eot-token", "The tokenizer's end-of-text token, if it names none.")
+    ] = None,
     validation_fraction: Annotated[float, _option("validation-fraction", "Share of documents held out (0.01).")] = 0.01,
     text_field: Annotated[str, _option("text-field", "Field of jsonl, column of parquet (text).")] = "text",
     include: Annotated[list[str] | None, _option("include", "Files of a folder, as patterns (repeatable).")] = None,

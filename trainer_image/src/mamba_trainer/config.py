@@ -57,7 +57,9 @@ class ModelConfig(_Group):
     d_state: int = Field(16, ge=1, le=256, description="State size N of each channel.")
     d_conv: int = Field(4, ge=1, le=16, description="Taps of the causal convolution.")
     expand: int = Field(2, ge=1, le=16, description="d_inner = expand * d_model.")
-    dt_rank: PositiveInt | Auto = Field("auto", description="Rank of the time step projection; auto: ceil(d_model / 16).")
+    dt_rank: PositiveInt | Auto = Field(
+        "auto", description="Rank of the time step projection; auto: ceil(d_model / 16)."
+    )
     pad_vocab_size_multiple: int = Field(8, ge=1, le=4_096)
     tie_embeddings: bool = True
     norm_epsilon: float = Field(1e-5, gt=0, le=1e-2)
@@ -122,7 +124,9 @@ class DataConfig(_Group):
 
     path: Path | None = Field(None, description="Prepared dataset directory, or the stem of Megatron .bin/.idx files.")
     builtin: Literal["python-stdlib"] | None = Field(None, description="Real text that is on every machine.")
-    validation_path: Path | None = Field(None, description="Held-out Megatron files, which carry no split of their own.")
+    validation_path: Path | None = Field(
+        None, description="Held-out Megatron files, which carry no split of their own."
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the training order.")
 
     @model_validator(mode="after")
@@ -201,7 +205,9 @@ class ParallelismConfig(_Group):
 
 class CheckpointConfig(_Group):
     directory: Path = Path("checkpoints")
-    interval: int = Field(1_000, ge=0, le=10**9, description="Steps between checkpoints; 0: only at the end and on a stop.")
+    interval: int = Field(
+        1_000, ge=0, le=10**9, description="Steps between checkpoints; 0: only at the end and on a stop."
+    )
     keep: int = Field(3, ge=1, le=10_000, description="Verified checkpoints that stay.")
     initial_weights: Path | None = Field(None, description="Directory made by `mamba-train import` to start from.")
     load: str = Field("auto", description="auto: the newest that verifies; none: start afresh; or the path of one.")
@@ -225,7 +231,9 @@ class TrainerConfig(_Group):
     parallelism: ParallelismConfig = ParallelismConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     reporting: ReportingConfig = ReportingConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="DeepSpeed keys merged over the generated ones.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="DeepSpeed keys merged over the generated ones."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -263,7 +271,14 @@ class TrainerConfig(_Group):
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(
                 mode="json",
-                exclude={"micro_batch_size", "recompute", "scan_backend", "eval_interval", "eval_sequences", "max_nonfinite_steps"},
+                exclude={
+                    "micro_batch_size",
+                    "recompute",
+                    "scan_backend",
+                    "eval_interval",
+                    "eval_sequences",
+                    "max_nonfinite_steps",
+                },
             ),
             "data_seed": self.data.seed,
         }

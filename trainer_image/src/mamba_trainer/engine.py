@@ -80,7 +80,11 @@ class Engine:
 
     def _plain_gradients_are_bad(self) -> bool:
         """ZeRO-0 in fp32 is the one mode in which DeepSpeed steps on non-finite gradients."""
-        if self.deepspeed.zero_optimization_stage() or self.deepspeed.fp16_enabled() or self.deepspeed.bfloat16_enabled():
+        if (
+            self.deepspeed.zero_optimization_stage()
+            or self.deepspeed.fp16_enabled()
+            or self.deepspeed.bfloat16_enabled()
+        ):
             return False
         norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
         self._plain_norm = float(torch.stack(norms).norm())
@@ -116,7 +120,8 @@ def initialize_distributed(device: torch.device) -> dist.ProcessGroup:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False
     )
-    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return control
 
 
 def prepare_deepspeed() -> None:
@@ -149,12 +154,8 @@ def create(config: TrainerConfig, plan: TrainingPlan, device: torch.device) -> E
     selftest.check(backend, device, dtype, config.model.d_state, config.model.d_conv)
     ds_config = deepspeed_config.build(config, plan)
     weights = config.checkpoint.initial_weights
-    source = (
-        from_safetensors(weights, config.model) if weights else seeded(config.model, config.training.seed, device)
-    )
-    model = build_model(
-        config.model, source, backend, device, dtype, zero3=ds_config if plan.zero_stage == 3 else None
-    )
+    source = from_safetensors(weights, config.model) if weights else seeded(config.model, config.training.seed, device)
+    model = build_model(config.model, source, backend, device, dtype, zero3=ds_config if plan.zero_stage == 3 else None)
     model.set_recompute(plan.recompute_every)
     optimizer = _optimizer(config, plan, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
@@ -172,12 +173,15 @@ def _optimizer(config: TrainerConfig, plan: TrainingPlan, model: MambaLM) -> tor
     training = config.training
     groups = parameter_groups(model.named_parameters(), training.weight_decay, plan.sizes.param_group_elements)
     # The rate is set at each step. DeepSpeed makes a first one on zero gradients, which would decay the weights.
-    settings = {"lr": 0.0, "betas": (training.beta1, training.beta2), "eps": training.adam_epsilon}
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (training.beta1, training.beta2), "eps": training.adam_epsilon}
     if config.parallelism.master_dtype == "bf16" and plan.offload_optimizer is Device.CPU:
         # The one mode for which DeepSpeed insists on its own CPU kernel (compiled at the first use).
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=False, **settings)
+        cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, adamw_mode=True, fp32_optimizer_states=False, **settings
+        )
+        return cpu_adam
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
@@ -191,7 +195,9 @@ def parameter_groups(
     """
     kinds: dict[str, list[nn.Parameter]] = {"fp32": [], "plain": [], "decayed": []}
     for name, parameter in parameters:
-        undecayed = getattr(parameter, "_no_weight_decay", False) or name.endswith(("norm.weight", "norm_f.weight", "bias"))
+        undecayed = getattr(parameter, "_no_weight_decay", False) or name.endswith(
+            ("norm.weight", "norm_f.weight", "bias")
+        )
         kind = "fp32" if name.split("mixer.")[-1] in FP32_PARAMETERS else "plain" if undecayed else "decayed"
         kinds[kind].append(parameter)
     groups = []
@@ -236,6 +242,6 @@ def print_memory_of_failure(error: BaseException) -> str:
         f"{str(error).splitlines()[0]}\n"
         f"  live tensors {stats['allocated_bytes.all.current'] / gib:.2f} GiB (peak "
         f"{stats['allocated_bytes.all.peak'] / gib:.2f}), reserved by PyTorch "
-        f"{stats['reserved_bytes.all.current'] / gib:.2f} GiB, free on the card {free / gib:.2f} of {total / gib:.2f} GiB"
+        f"{stats['reserved_bytes.all.current'] / gib:.2f} GiB, free on the card "
+        f"{free / gib:.2f} of {total / gib:.2f} GiB"
     )
-

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba_trainer.model import FP32_PARAMETERS, MambaLM
 
@@ -45,7 +45,7 @@ def widen_masters(engine: Any, groups: int) -> None:
 
 
 class _Entry(NamedTuple):
-    parameter: nn.Parameter
+    parameter: Any  # an nn.Parameter, with what DeepSpeed has hung on it
     values: Tensor  # this parameter's flat slice of the buffer
 
 
@@ -102,7 +102,7 @@ class Fp32Values:
                 master = master[: max(0, parameter.ds_numel - start)]  # the last partition is padded
             elif stage == 0:
                 master, start = whole[id(parameter)].flatten(), 0
-            elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            elif (mapping := parameter._hp_mapping) is not None:
                 master, start = mapping.get_hp_fragment(), mapping.lp_fragment_address.start
             else:
                 continue

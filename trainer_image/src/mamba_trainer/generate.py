@@ -44,8 +44,7 @@ class Recurrent:
             weight.new_zeros(batch, config.d_inner, config.d_conv - 1) for _ in range(config.n_layer)
         ]  # the inputs that the next convolutions still see
         self._ssm = [
-            torch.zeros(batch, config.d_inner, config.d_state, device=weight.device)
-            for _ in range(config.n_layer)
+            torch.zeros(batch, config.d_inner, config.d_state, device=weight.device) for _ in range(config.n_layer)
         ]
 
     @torch.inference_mode()
@@ -77,9 +76,7 @@ class Recurrent:
         x, z = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
         seen = torch.cat([self._conv[layer], x.transpose(1, 2)], dim=2)
         self._conv[layer] = seen[..., x.shape[1] :]
-        x = F.silu(F.conv1d(seen, weights.conv_weight, weights.conv_bias, groups=seen.shape[1])).transpose(
-            1, 2
-        )
+        x = F.silu(F.conv1d(seen, weights.conv_weight, weights.conv_bias, groups=seen.shape[1])).transpose(1, 2)
         dt, B, C = F.linear(x, weights.x_proj).split([rank, n, n], dim=-1)
         dt = F.softplus(F.linear(dt, weights.dt_proj).float() + weights.dt_bias)
         u = x.float()
@@ -113,9 +110,7 @@ def generate(
     if not tokens:
         raise UserError("There is nothing to continue: give at least one token.")
     if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-        raise UserError(
-            f"A token of the prompt is outside the model's vocabulary of {vocabulary}: other tokenizer?"
-        )
+        raise UserError(f"A token of the prompt is outside the model's vocabulary of {vocabulary}: other tokenizer?")
     device = model.lm_head.weight.device
     generator = torch.Generator(device=device).manual_seed(seed)
     recurrent = Recurrent(model)

@@ -42,9 +42,7 @@ def translate_guide_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(target, dict):
             continue
         if target.get(new, value) != value:
-            raise ValueError(
-                f"{old} ({value}) and {new} ({target[new]}) mean the same and differ: remove one"
-            )
+            raise ValueError(f"{old} ({value}) and {new} ({target[new]}) mean the same and differ: remove one")
         target[new] = value
     _fold_accumulation(groups)
     return groups
@@ -61,9 +59,7 @@ def _fold_accumulation(groups: dict[str, Any]) -> None:
     try:
         product = int(accumulation) * int(ranks) * (1 if micro == "auto" else int(micro))
     except (TypeError, ValueError):
-        raise ValueError(
-            "batch_size, gradient_accumulation_steps and num_gpus must be whole numbers"
-        ) from None
+        raise ValueError("batch_size, gradient_accumulation_steps and num_gpus must be whole numbers") from None
     given = training.setdefault("global_batch_size", product)
     if given != product:
         raise ValueError(
@@ -79,9 +75,7 @@ def refuse_future_modes(raw: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: one is switched on; says why it cannot be.
     """
     groups = {
-        key: _without_future_modes(raw[key])
-        for key in ("parallelism", "training")
-        if isinstance(raw.get(key), Mapping)
+        key: _without_future_modes(raw[key]) for key in ("parallelism", "training") if isinstance(raw.get(key), Mapping)
     }
     return _without_future_modes({**raw, **groups})
 

@@ -97,7 +97,9 @@ def _explain_out_of_memory(error: BaseException) -> str:
 def _from_command_line() -> Run:
     path = sys.argv[1] if len(sys.argv) > 1 else os.environ.get(Env.CONFIG)
     if not path:
-        raise UserError(f"No run given and {Env.CONFIG} is not set: start with `mamba-train run` or launch_deepspeed.sh.")
+        raise UserError(
+            f"No run given and {Env.CONFIG} is not set: start with `mamba-train run` or launch_deepspeed.sh."
+        )
     return Run.read(Path(path))
 
 

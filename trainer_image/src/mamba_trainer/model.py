@@ -80,7 +80,7 @@ class Mixer(nn.Module):
     def weights(self) -> MixerWeights:
         return MixerWeights(
             conv_weight=self.conv1d.weight,
-            conv_bias=self.conv1d.bias,
+            conv_bias=self.conv1d.get_parameter("bias"),
             x_proj=self.x_proj.weight,
             dt_proj=self.dt_proj.weight,
             out_proj=self.out_proj.weight,
@@ -94,7 +94,8 @@ class Mixer(nn.Module):
         batch, length, width = x.shape
         # Channels first, as convolution and scan read it: one product instead of a product and a transpose.
         xz = (self.in_proj.weight @ x.reshape(batch * length, width).t()).view(-1, batch, length).transpose(0, 1)
-        return self.scan.inner(xz, self.weights())
+        out: Tensor = self.scan.inner(xz, self.weights())
+        return out
 
 
 class Block(nn.Module):
@@ -106,7 +107,7 @@ class Block(nn.Module):
         self.mixer = Mixer(config, scan)
 
     def forward(self, residual: Tensor) -> Tensor:
-        out = self.mixer(self.norm(residual))
+        out: Tensor = self.mixer(self.norm(residual))
         return residual + out.to(residual.dtype)
 
 
@@ -177,7 +178,7 @@ class MambaLM(nn.Module):
         self.backbone = Backbone(config, make_block or (lambda _: Block(config, backend)))
         self.lm_head = LMHead(config)
         if config.tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
+            self.lm_head.register_parameter("weight", self.backbone.embedding.get_parameter("weight"))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """The loss when targets are given, else logits; shapes as in `LMHead.forward`."""
@@ -189,4 +190,4 @@ class MambaLM(nn.Module):
         self.backbone.recompute_every = every
 
     def mixers(self) -> list[Mixer]:
-        return [block.mixer for block in self.backbone.layers]
+        return [module for module in self.modules() if isinstance(module, Mixer)]

@@ -81,8 +81,7 @@ _CODES = {"int": "q", "int | None": "q", "float | None": "d", "Phase": "B"}
 _TEXT_BYTES = {"error_reason": MAX_REASON_BYTES, "error_message": MAX_MESSAGE_BYTES}
 _FIELDS = fields(RankRecord)
 _PAYLOAD = struct.Struct(
-    "<"
-    + "".join(f"{_TEXT_BYTES[f.name]}s" if f.name in _TEXT_BYTES else _CODES[str(f.type)] for f in _FIELDS)
+    "<" + "".join(f"{_TEXT_BYTES[f.name]}s" if f.name in _TEXT_BYTES else _CODES[str(f.type)] for f in _FIELDS)
 )
 _SEAL = struct.Struct("<QI")  # sequence number, CRC-32 of number and payload
 _COPY_BYTES = _SEAL.size + _PAYLOAD.size

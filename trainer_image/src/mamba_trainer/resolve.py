@@ -5,7 +5,6 @@ All that can be wrong is found here, before a process is started or a byte of GP
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from typing import Any
 import yaml
 
 from mamba_trainer import deepspeed_config
-from mamba_trainer.config import TrainerConfig, lay_over, merge, parse_config, read_yaml
+from mamba_trainer.config import lay_over, merge, parse_config, read_yaml
 from mamba_trainer.contract import UserError
-from mamba_trainer.plan import Hardware, plan_training
+from mamba_trainer.plan import Hardware, MemoryTable, memory_table, plan_training
 from mamba_trainer.plan.hardware import detect
 from mamba_trainer.run import Run
 
@@ -47,46 +46,35 @@ def resolve(request: Request) -> Run:
     Raises:
         UserError: whatever is wrong with the request, with what to do about it.
     """
-    at_hand = request.hardware is None
+    config, hardware = _configure(request)
+    return Run(config=config, plan=plan_training(config, hardware), hardware=hardware)
+
+
+def resolve_memory(request: Request) -> MemoryTable:
+    """What `--check_memory` shows: which modes fit how many of this card, or of the one named.
+
+    Raises:
+        UserError: as `resolve`; or there is no GPU here and none is named.
+    """
+    config, hardware = _configure(request)
+    if not hardware.gpus:
+        raise UserError("This machine has no GPU to check: name a card, for example --check_memory --gpu 'RTX 4090'.")
+    return memory_table(config, hardware)
+
+
+def _configure(request: Request) -> tuple[TrainerConfig, Hardware]:
     hardware = request.hardware or detect(request.checkpoint_dir or Path("checkpoints"))
     raw = _raw(request, hardware)
     if request.deepspeed_config is not None:
         base = lay_over(_preset_of(raw), raw)
         raw = deepspeed_config.adopt_user_settings(base, deepspeed_config.read_user_file(request.deepspeed_config))
-    config = parse_config(raw)
-    ranks = config.parallelism.num_gpus
-    if at_hand and hardware.gpus and ranks > hardware.gpus:
-        raise UserError(
-            f"{ranks} GPUs were asked for, but this machine has {hardware.gpus}. Use --num_gpus {hardware.gpus}; "
-            "to plan for another machine, name its card: --gpu 'RTX 4090'."
-        )
-    if hardware.gpus:
-        hardware = hardware.model_copy(update={"gpus": ranks // hardware.nodes})
-    return Run(config=config, plan=plan_training(config, hardware), hardware=hardware)
-
-
-def smaller(run: Run) -> Run | None:
-    """The same run in less device memory, after an out-of-memory end; None: there is nothing left to give up.
-
-    Global batch and ZeRO stage stay (a checkpoint depends on them): first the micro-batch halves, then blocks are
-    recomputed.
-    """
-    plan = run.plan
-    if plan.micro_batch_size > 1:
-        change = {"micro_batch_size": max(d for d in range(1, plan.micro_batch_size) if plan.micro_batch_size % d == 0)}
-        change["accumulation_steps"] = plan.accumulation_steps * plan.micro_batch_size // change["micro_batch_size"]
-    elif plan.recompute_every != 1:
-        change = {"recompute_every": 1}
-    else:
-        return None
-    return run.model_copy(update={"plan": plan.model_copy(update=change)})
+    return parse_config(raw), hardware
 
 
 def check_output(run: Run) -> None:
-    """The checkpoint folder can be written and holds what the run will keep at one time.
-
+    """
     Raises:
-        UserError: it cannot, with numbers.
+        UserError: the checkpoint folder cannot be written. (That it is large enough, the plan has checked.)
     """
     directory = run.config.checkpoint.directory
     try:
@@ -95,14 +83,9 @@ def check_output(run: Run) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"The checkpoint folder {directory} cannot be written: {error.strerror}. Choose another with --checkpoint_dir."
+            f"The checkpoint folder {directory} cannot be written: {error.strerror}. "
+            "Choose another with --checkpoint_dir."
         ) from None
-    free, needed = shutil.disk_usage(directory).free, run.plan.checkpoint_bytes
-    if free < needed:
-        raise UserError(
-            f"The checkpoint folder {directory} has {free / 1e9:,.1f} GB free, and one checkpoint takes "
-            f"{needed / 1e9:,.1f} GB. Free some, or choose another folder with --checkpoint_dir."
-        )
 
 
 def _raw(request: Request, hardware: Hardware) -> dict[str, Any]:
@@ -119,7 +102,7 @@ def _raw(request: Request, hardware: Hardware) -> dict[str, Any]:
             "Try the whole trainer on CPU processes with:  --preset tiny --num_gpus 2\n"
             "To plan for another machine, name its card:   --dry_run --gpu 'RTX 4090' --num_gpus 4"
         )
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "checkpoint": {"directory": _text(request.checkpoint_dir), "load": request.load_checkpoint},
         "data": {"path": _text(request.data)},
         "training": {"max_steps": request.max_steps},
@@ -132,7 +115,7 @@ def _raw(request: Request, hardware: Hardware) -> dict[str, Any]:
     elif "num_gpus" not in raw and "num_gpus" not in raw.get("parallelism", {}):
         raw = merge(raw, {"parallelism": {"num_gpus": _default_ranks(raw, hardware)}})
     for setting in request.settings:
-        raw = lay_over(raw, _setting(setting))
+        raw = lay_over(raw, read_setting(setting))
     return raw
 
 
@@ -152,7 +135,7 @@ def _preset_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return presets.get(name) if isinstance(name, str) else {}
 
 
-def _setting(text: str) -> dict[str, Any]:
+def read_setting(text: str) -> dict[str, Any]:
     """`training.learning_rate=1e-4` -> {"training": {"learning_rate": "1e-4"}}; values are read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +14,7 @@ from mamba_trainer.callbacks.evaluate import Evaluate
 from mamba_trainer.callbacks.profiler import Profile
 from mamba_trainer.callbacks.progress import Progress
 from mamba_trainer.callbacks.stability import Stability
+from mamba_trainer.checkpoint.commit import candidates
 from mamba_trainer.checkpoint.manager import CheckpointManager
 from mamba_trainer.config import TrainerConfig
 from mamba_trainer.contract import Env, Phase, UserError
@@ -31,54 +33,86 @@ def train(run: Run, reporter: RankReporter, stop: StopRequest) -> None:
     config, plan = run.config, run.plan
     if config.data.path is None:
         raise UserError("There is no data: set data.path to a directory made by `mamba-train prepare`.")
-    training, validation = open_datasets(
-        config.data.path, config.data.validation_path, config.training.sequence_length
-    )
-    advice = check_vocabulary(training, config.model.vocab_size)
+    training, validation = open_datasets(config.data.path, config.data.validation_path, config.training.sequence_length)
+    check_vocabulary(training, config.model.vocab_size)
     device = engines.local_device()
     control = engines.initialize_distributed(device)
     rank = dist.get_rank()
     if dist.get_world_size() != plan.world_size:
         raise UserError(f"The run is planned for {plan.world_size} ranks, but {dist.get_world_size()} were started.")
-    if advice and rank == 0:
-        print(advice, flush=True)
     reporter.update(phase=Phase.LOADING)
     engine = engines.create(config, plan, device)
     manager = CheckpointManager(
         config.checkpoint.directory,
         engine.deepspeed,
         control_group=control,
-        attempt=int(os.environ.get(Env.ATTEMPT, "0")),
+        attempt=_attempt(),
         keep=config.checkpoint.keep,
         config_hash=config.fingerprint(),
+        log=lambda message: print(message, flush=True),
+        expected_bytes=plan.checkpoint_bytes,
+        shard_layout=_shard_layout(run),
+        model=config.model.model_dump(mode="json"),
     )
     callbacks: list[Callback] = [
         Progress(rank, reporter, config.model.flops_per_token(), run.hardware.peak_flops),
         Stability(reporter),
-        *([Evaluate(validation, reporter)] if validation is not None else []),
-        SaveCheckpoints(manager, reporter, rank),
-        *([Profile(config.reporting.profile_steps, config.checkpoint.directory / "profile")] if config.reporting.profile_steps and rank == 0 else []),
-    ]  # fmt: skip
+    ]
+    if validation is not None:
+        callbacks.append(Evaluate(validation, reporter))
+    callbacks.append(SaveCheckpoints(manager, reporter, rank))
+    if config.reporting.profile_steps and rank == 0:
+        callbacks.append(Profile(config.reporting.profile_steps, config.checkpoint.directory / "profile"))
     trainer = Trainer(config, plan, engine, training, stop, callbacks)
     try:
-        _resume(config, manager, trainer, reporter)
-        trainer.run()
+        if _resume(config, manager, trainer, reporter):
+            trainer.run()
         dist.barrier(group=control)
     finally:
         for callback in callbacks:
             callback.close()
 
 
-def _resume(config: TrainerConfig, manager: CheckpointManager, trainer: Trainer, reporter: RankReporter) -> None:
+def _resume(config: TrainerConfig, manager: CheckpointManager, trainer: Trainer, reporter: RankReporter) -> bool:
+    """Brings the trainer to its newest checkpoint; False: the run was complete already."""
     wanted = config.checkpoint.load
-    if wanted == "none":
-        return
-    state = manager.resume("auto" if wanted == "auto" else Path(wanted))
+    if wanted == "none" and _attempt() == 0:
+        if candidates(config.checkpoint.directory):
+            raise UserError(
+                f"{config.checkpoint.directory} holds checkpoints, and load is none: a fresh start would mix two runs. "
+                "Choose another folder with --checkpoint_dir, or resume with --load_checkpoint auto."
+            )
+        return True
+    state = manager.resume("auto" if wanted in ("auto", "none") else Path(wanted))
+    reporter.update(quarantined_checkpoints=manager.quarantined, resumed_from_step=0)
     if state is None:
-        return
+        return True
+    reporter.update(step=state.step, resumed_from_step=state.step, last_checkpoint_step=state.step)
+    if state.finished:
+        _say(f"{state.path} is complete and verified (step {state.step}): there is nothing left to train")
+        return False
     trainer.engine.loaded()
     trainer.step = trainer.resumed_from = state.step
     trainer.samples = state.data_position
-    reporter.update(step=state.step, resumed_from_step=state.step, last_checkpoint_step=state.step)
+    _say(f"resumed from {state.path} at step {state.step}")
+    return True
+
+
+def _shard_layout(run: Run) -> dict[str, Any]:
+    """What decides how DeepSpeed cuts a state into shards, beyond world size and ZeRO stage."""
+    plan = run.plan
+    return {
+        "precision": plan.precision.value,
+        "masterDtype": run.config.parallelism.master_dtype,
+        "parameterGroupElements": plan.sizes.param_group_elements,
+        "subGroupElements": plan.sizes.sub_group_elements,
+    }
+
+
+def _attempt() -> int:
+    return int(os.environ.get(Env.ATTEMPT, "0"))
+
+
+def _say(message: str) -> None:
     if dist.get_rank() == 0:
-        print(f"resumed from {state.path} at step {state.step}", flush=True)
+        print(message, flush=True)

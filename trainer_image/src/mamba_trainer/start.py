@@ -11,7 +11,8 @@ from mamba_trainer import launch, sample
 from mamba_trainer.contract import ExitCode, UserError
 from mamba_trainer.data.dataset import check_vocabulary, open_datasets
 from mamba_trainer.data.tokenfile import read_meta
-from mamba_trainer.resolve import check_output, smaller
+from mamba_trainer.plan import smaller_plan
+from mamba_trainer.resolve import check_output
 from mamba_trainer.run import Run
 
 #: What a rank waits for the rank that prepares built-in text.
@@ -106,10 +107,11 @@ class _RunFiles:
         return [sys.executable, "-m", "mamba_trainer.main", str(self._path())]
 
     def replan(self) -> list[str] | None:
-        if (run := smaller(self._run)) is None:
+        run = self._run
+        if (plan := smaller_plan(run.config, run.hardware, run.plan)) is None:
             return None
-        self._run, self._number = run, self._number + 1
-        run.write(self._path())
+        self._run, self._number = run.model_copy(update={"plan": plan}), self._number + 1
+        self._run.write(self._path())
         return self.command()
 
     def _path(self) -> Path:

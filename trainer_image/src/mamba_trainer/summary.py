@@ -99,13 +99,7 @@ def _host(plan: TrainingPlan) -> str:
 
 def _checkpoint(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware) -> str:
     interval = config.checkpoint.interval
-    when = (
-        f"every {interval:,} steps"
-        if interval
-        else "at the end"
-        if config.checkpoint.save_final
-        else "on a stop"
-    )
+    when = f"every {interval:,} steps" if interval else "at the end" if config.checkpoint.save_final else "on a stop"
     free = f"; {gigabytes(hardware.disk_bytes)} free" if hardware.disk_bytes is not None else ""
     return (
         f"{gigabytes(plan.checkpoint_bytes)} {when}, the newest {config.checkpoint.keep} kept "

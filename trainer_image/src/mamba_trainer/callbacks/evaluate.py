@@ -64,4 +64,5 @@ class Evaluate(Callback):
         meta = self._validation.meta
         if meta is None or not math.isfinite(nats):
             return None
-        return bits_per_byte(nats, meta.splits["validation"].source_bytes * targets / self._validation.targets)
+        split_bytes = meta.splits["validation"].source_bytes
+        return bits_per_byte(nats, round(split_bytes * targets / self._validation.targets))

@@ -30,6 +30,6 @@ class Stability(Callback):
         if self._in_a_row >= limit:
             raise NumericalInstability(
                 f"The loss or the gradients were not finite in {limit} steps in a row, up to step {result.step} "
-                f"(loss {result.loss}, learning rate {result.learning_rate:.2e}). The latest checkpoint is from before. "
-                "Lower training.learning_rate or lengthen warmup_steps; in fp16, try precision bf16."
+                f"(loss {result.loss}, learning rate {result.learning_rate:.2e}). Lower training.learning_rate or "
+                "lengthen warmup_steps; in fp16, try precision bf16. The latest checkpoint is from before."
             )

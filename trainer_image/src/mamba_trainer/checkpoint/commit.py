@@ -74,9 +74,7 @@ class CheckpointDirectory:
         for entry in content.files:
             seen = (folder / entry.path).stat().st_size
             if seen != entry.size:
-                raise OSError(
-                    f"{entry.path} of rank {entry.rank} has {seen} bytes here instead of {entry.size}"
-                )
+                raise OSError(f"{entry.path} of rank {entry.rank} has {seen} bytes here instead of {entry.size}")
         write_bytes(folder / manifest.FILE_NAME, content.encode())
         target = self.path / layout.checkpoint_name(content.step, final)
         replaced = self.path / self._transient(target.name, Transience.REPLACED)

@@ -38,9 +38,7 @@ class Control:
             except (TrainerError, OSError) as error:
                 outcome[1] = error
         self._collective(
-            lambda: dist.broadcast_object_list(
-                outcome, src=dist.get_global_rank(self._group, 0), group=self._group
-            )
+            lambda: dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, 0), group=self._group)
         )
         value, failure = outcome
         if failure is not None:

@@ -60,9 +60,7 @@ def check(directory: Path, owner: Owner) -> None:
 
 
 def _fenced(directory: Path, owner: Owner, current: Owner) -> Fenced:
-    which = (
-        f"attempt {current.attempt}" if current.attempt > owner.attempt else "a run that was started later"
-    )
+    which = f"attempt {current.attempt}" if current.attempt > owner.attempt else "a run that was started later"
     return Fenced(
         f"{directory} now belongs to {which}; this run (attempt {owner.attempt}) stops without writing "
         "to it. Give each run a checkpoint directory of its own."

@@ -69,6 +69,7 @@ class CheckpointManager:
         log: Callable[[str], None],
         expected_bytes: int = 0,
         shard_layout: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +77,7 @@ class CheckpointManager:
             log: gets one-line messages, on rank 0 only.
             expected_bytes: size of one checkpoint, for the check of free space before the first save.
             shard_layout: settings, beyond world size and ZeRO stage, on which the content of shards depends.
+            model: the model's configuration, for whoever exports a checkpoint without the run it came from.
 
         Raises:
             Fenced: a newer attempt owns the directory.
@@ -91,6 +93,7 @@ class CheckpointManager:
         self._run = RunFacts(
             self._control.world_size, engine.zero_optimization_stage(), config_hash, dict(shard_layout or {})
         )
+        self._model = dict(model or {})
         self._started_from: str | None = None
         self._newest: tuple[int, Path] | None = None
         #: Checkpoints that failed to verify since this process started (rank 0).
@@ -98,9 +101,7 @@ class CheckpointManager:
         self._control.on_rank_zero(self._open)
         self._require_shared_directory()
 
-    def save(
-        self, step: int, data_position: int, client_state: Mapping[str, Any], final: bool = False
-    ) -> SaveResult:
+    def save(self, step: int, data_position: int, client_state: Mapping[str, Any], final: bool = False) -> SaveResult:
         """Commits the state of all ranks as `step_<step>` or `final`. The step saved last is not saved again.
 
         Raises:
@@ -120,9 +121,7 @@ class CheckpointManager:
             )
             record.write(folder / layout.rng_file_name(self._control.rank), rng.capture())
         records: list[Record] = self._control.gather(record)
-        path, size = self._control.on_rank_zero(
-            lambda: self._commit(folder, records, step, data_position, final)
-        )
+        path, size = self._control.on_rank_zero(lambda: self._commit(folder, records, step, data_position, final))
         self._newest = (step, path)
         return SaveResult(step, path, time.monotonic() - started, size)
 
@@ -150,18 +149,14 @@ class CheckpointManager:
 
     def _load(self, selected: Selection) -> ResumeState:
         folder, found = selected
-        self._started_from = (
-            found.extra.get("startedFrom") if self._started_from is None else self._started_from
-        )
+        self._started_from = found.extra.get("startedFrom") if self._started_from is None else self._started_from
         if folder.name == layout.FINAL and found.config_hash == self._run.config_hash:
             return ResumeState(found.step, found.data_position, {}, folder, finished=True)
         self._checkpoint_engine.allow(folder / entry.path for entry in found.files)
         path, loaded = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         self._checkpoint_engine.allow(())
         if path is None:
-            raise UserError(
-                f"{folder} holds no model states that DeepSpeed finds: was it saved by another model?"
-            )
+            raise UserError(f"{folder} holds no model states that DeepSpeed finds: was it saved by another model?")
         rng.restore(rng.load(folder / layout.rng_file_name(self._control.rank)))
         if folder.parent == self._directory.path:
             self._newest = (found.step, folder)
@@ -210,7 +205,7 @@ class CheckpointManager:
         return path, manifest.total_bytes
 
     def _manifest(self, records: list[Record], step: int, data_position: int) -> Manifest:
-        extra: dict[str, Any] = {"shardLayout": dict(self._run.shard_layout)}
+        extra: dict[str, Any] = {"shardLayout": dict(self._run.shard_layout), "model": self._model}
         if self._started_from is not None:
             extra["startedFrom"] = self._started_from
         return Manifest(

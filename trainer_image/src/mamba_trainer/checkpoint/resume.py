@@ -135,9 +135,7 @@ class Resume:
         if problem := refusal(folder, found, self._run):
             raise UserError(problem)
         if found.config_hash != self._run.config_hash:
-            self._log(
-                f"{folder} was saved with another configuration; it was asked for by name, so it is loaded"
-            )
+            self._log(f"{folder} was saved with another configuration; it was asked for by name, so it is loaded")
         return Selection(folder, found)
 
     def _verify(self, proposed: Selection) -> str | None:
@@ -155,9 +153,7 @@ class Resume:
         for rank, (_, refused) in enumerate(reports):
             if refused is not None:
                 raise UserError(f"Rank {rank}: {refused}")
-        return next(
-            (f"{problem} (rank {rank})" for rank, (problem, _) in enumerate(reports) if problem), None
-        )
+        return next((f"{problem} (rank {rank})" for rank, (problem, _) in enumerate(reports) if problem), None)
 
     def _own(self, entries: tuple[FileEntry, ...]) -> list[FileEntry]:
         rank, world_size = self._control.rank, self._control.world_size
@@ -174,9 +170,7 @@ class Resume:
         for folder in candidates(self._directory.path):
             if folder == selected.folder:
                 return
-            target = self._directory.quarantine(
-                folder, f"abandoned: training went back to {selected.folder.name}"
-            )
+            target = self._directory.quarantine(folder, f"abandoned: training went back to {selected.folder.name}")
             self._log(f"going back to {selected.folder.name}: {folder.name} is now {target.name}")
 
 
@@ -194,6 +188,4 @@ class _Progress:
         self._done += length
         if self._log is not None and time.monotonic() >= self._next:
             self._next += _PROGRESS_SECONDS
-            self._log(
-                f"verifying {self._name}: {size_text(self._done)} of about {size_text(self._total)} on rank 0"
-            )
+            self._log(f"verifying {self._name}: {size_text(self._done)} of about {size_text(self._total)} on rank 0")

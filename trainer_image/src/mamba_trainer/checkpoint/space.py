@@ -19,9 +19,7 @@ def check_directory(directory: Path, needed_bytes: int) -> None:
         UserError: it cannot be created or written, or has no room for one checkpoint.
     """
     if any(character in str(directory.absolute()) for character in "*?["):
-        raise UserError(
-            f"DeepSpeed cannot load from a path with one of the characters * ? [ in it: {directory}"
-        )
+        raise UserError(f"DeepSpeed cannot load from a path with one of the characters * ? [ in it: {directory}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -25,9 +25,7 @@ __all__ = ["Format", "export", "import_", "open_model"]
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
-def export(
-    source: Path, out: Path, format: str, dtype: str = Precision.FP32, tokenizer: Path | None = None
-) -> None:
+def export(source: Path, out: Path, format: str, dtype: str = Precision.FP32, tokenizer: Path | None = None) -> None:
     """Writes the model of a training checkpoint, or of a folder in any format, as the new folder `out`.
 
     Args:
@@ -67,9 +65,7 @@ def open_model(source: Path) -> tuple[ModelConfig, Weights]:
         UserError: `source` is neither, does not verify, or tensors do not fit its configuration.
     """
     if not source.is_dir():
-        raise UserError(
-            f"There is no folder {source}: name a checkpoint (step_N, final) or a folder of weights."
-        )
+        raise UserError(f"There is no folder {source}: name a checkpoint (step_N, final) or a folder of weights.")
     if is_training_checkpoint(source):
         config, weights = open_training_checkpoint(source)
     else:
@@ -101,9 +97,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"Cannot read {path}: {error.strerror}. A folder of weights needs its config.json."
-        ) from None
+        raise UserError(f"Cannot read {path}: {error.strerror}. A folder of weights needs its config.json.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):

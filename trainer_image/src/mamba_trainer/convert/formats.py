@@ -71,9 +71,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or OUR_KEY
-        raise UserError(
-            f"The config.json of this {found} model is not valid: {where}: {first['msg']}"
-        ) from None
+        raise UserError(f"The config.json of this {found} model is not valid: {where}: {first['msg']}") from None
 
 
 def write_config(model: ModelConfig, to: Format, dtype: str) -> dict[str, Any]:

@@ -40,9 +40,7 @@ def open_training_checkpoint(folder: Path) -> tuple[ModelConfig, Weights]:
     """
     model = _verified_model(folder)
     with _quiet_and_mapped():
-        return model, _partitioned(folder) if any(folder.glob(_OPTIMIZER_STATES)) else _replicated(
-            folder, model
-        )
+        return model, _partitioned(folder) if any(folder.glob(_OPTIMIZER_STATES)) else _replicated(folder, model)
 
 
 def _verified_model(folder: Path) -> ModelConfig:
@@ -114,9 +112,7 @@ def _replicated(folder: Path, model: ModelConfig) -> Weights:
             named = dict(MambaLM(model).named_parameters())
         name_of = {parameter: name for name, parameter in named.items()}
         # The groups stand one behind another in an order that does not depend on where they were cut.
-        ordered = [
-            p for group in parameter_groups(named.items(), 0.0, elements=2**62) for p in group["params"]
-        ]
+        ordered = [p for group in parameter_groups(named.items(), 0.0, elements=2**62) for p in group["params"]]
         exact = [master for group in masters for master in group]
         tensors |= {name_of[parameter]: master for parameter, master in zip(ordered, exact, strict=True)}
     return Weights(

@@ -41,9 +41,7 @@ class Weights:
         for name, shape in shapes.items():
             found = self.shapes.get(name)
             if found is None:
-                raise UserError(
-                    f"{self.origin} has no tensor {name}, which the model of its configuration needs."
-                )
+                raise UserError(f"{self.origin} has no tensor {name}, which the model of its configuration needs.")
             if found != shape:
                 raise UserError(
                     f"{self.origin}: {name} has shape {found}, the model of its configuration needs {shape}."
@@ -71,9 +69,7 @@ def open_folder(folder: Path) -> Weights:
         return _safetensors(folder, [_SAFETENSORS])
     if (folder / _BIN).is_file():
         return _bin(folder / _BIN)
-    raise UserError(
-        f"{folder} holds no weights: expected {_SAFETENSORS} (or its shards with {_INDEX}) or {_BIN}."
-    )
+    raise UserError(f"{folder} holds no weights: expected {_SAFETENSORS} (or its shards with {_INDEX}) or {_BIN}.")
 
 
 def _listed(index: Path) -> list[str]:
@@ -108,9 +104,7 @@ def _bin(path: Path) -> Weights:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     except Exception as error:  # torch raises several kinds for a file that is cut, foreign or unsafe
-        raise UserError(
-            f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}") from None
     return Weights(shapes, state.__getitem__, path)
 
 
@@ -151,9 +145,7 @@ def write_bin(folder: Path, weights: Weights, dtype: torch.dtype, aliases: Mappi
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tensors-") as scratch:
         state: dict[str, Tensor] = {}
-        for (name, shape), tensor in zip(
-            weights.shapes.items(), _with_progress(weights, folder), strict=True
-        ):
+        for (name, shape), tensor in zip(weights.shapes.items(), _with_progress(weights, folder), strict=True):
             file = Path(scratch) / str(len(state))
             mapped = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
             state[name] = mapped.copy_(tensor)

@@ -46,9 +46,7 @@ def bigram_bits_per_byte(directory: Path) -> BigramBaseline:
     if meta.tokenizer.kind == "byte":
         return BigramBaseline(tokens, tokens)
     tokenizer = open_tokenizer(directory, meta.tokenizer)
-    nats = _held_out_nats(
-        _as_bytes(train, tokenizer), _as_bytes(validation, tokenizer), ByteTokenizer.vocab_size
-    )
+    nats = _held_out_nats(_as_bytes(train, tokenizer), _as_bytes(validation, tokenizer), ByteTokenizer.vocab_size)
     return BigramBaseline(tokens, bits_per_byte(nats, source_bytes))
 
 
@@ -71,9 +69,7 @@ class _Bigram:
         totals = self._context_counts[contexts]
         # A context never seen has nothing to discount: all its mass goes to P(b).
         backed_off = np.where(totals, discount * self._followers[contexts] / np.maximum(totals, 1), 1.0)
-        likelihood = (
-            np.maximum(seen - discount, 0) / np.maximum(totals, 1) + backed_off * self._ending[targets]
-        )
+        likelihood = np.maximum(seen - discount, 0) / np.maximum(totals, 1) + backed_off * self._ending[targets]
         return float(-np.log(likelihood).sum())
 
 

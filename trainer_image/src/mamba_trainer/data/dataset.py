@@ -71,9 +71,7 @@ class TokenDataset:
             row[:] = self.stream.tokens[start : start + self.sequence_length + 1]
         return windows
 
-    def evaluation_batches(
-        self, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[EvaluationBatch]:
+    def evaluation_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[EvaluationBatch]:
         """The whole split in order, each target once over all ranks.
 
         Every rank gets the same number of batches of the same shape, as collective operations in the model

@@ -60,9 +60,7 @@ class Encoder:
         for batch in _batches(read_documents(unit)):
             texts = [(raw, text) for raw in batch if (text := decode_text(raw)) is not None]
             skipped += len(batch) - len(texts)
-            for (raw, _), ids in zip(
-                texts, self.tokenizer.encode_batch([text for _, text in texts]), strict=True
-            ):
+            for (raw, _), ids in zip(texts, self.tokenizer.encode_batch([text for _, text in texts]), strict=True):
                 split = gathered[split_of(raw, self.validation_fraction)]
                 split.encoded.append(ids)
                 split.source_bytes += len(raw)

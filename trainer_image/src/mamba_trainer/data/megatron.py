@@ -32,9 +32,7 @@ def open_megatron(stem: Path) -> TokenStream:
     contents = _read_index(index)
     starts = np.concatenate(([0], np.cumsum(contents.lengths, dtype=np.int64)))
     if not np.array_equal(contents.pointers, starts[:-1] * contents.dtype.itemsize):
-        raise UserError(
-            f"{index} lists sequences with gaps or out of order: merge them with Megatron's tools first"
-        )
+        raise UserError(f"{index} lists sequences with gaps or out of order: merge them with Megatron's tools first")
     tokens = map_tokens(binary, contents.dtype, int(starts[-1]), told_by=index.name)
     return TokenStream(tokens, starts[contents.document_starts], source_bytes=None, origin=str(binary))
 
@@ -53,9 +51,7 @@ def _read_index(path: Path) -> _Index:
         raise UserError(f"{path} is not a Megatron index: it does not begin with {_MAGIC!r}")
     _, version, type_code, sequences, documents = _HEADER.unpack_from(raw)
     if version != 1 or type_code not in _INTEGER_TYPES:
-        raise UserError(
-            f"{path}: version {version} with token type {type_code} cannot be read, only 1 with integers"
-        )
+        raise UserError(f"{path}: version {version} with token type {type_code} cannot be read, only 1 with integers")
     # Multimodal files carry one more byte a sequence behind these.
     if len(raw) < _HEADER.size + 12 * sequences + 8 * documents:
         raise UserError(f"{path} is shorter than its header says: it was not copied completely")

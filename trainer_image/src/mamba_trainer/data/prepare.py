@@ -91,9 +91,7 @@ def _write(
     tokenizer = choice.build(
         source,
         parameters.validation_fraction,
-        lambda done, total: progress(
-            Progress("training the tokenizer", source.size * done // total, source.size)
-        ),
+        lambda done, total: progress(Progress("training the tokenizer", source.size * done // total, source.size)),
     )
     dtype = token_dtype(tokenizer.vocab_size)
     require_space(out_dir, _least_bytes(source, tokenizer, dtype))
@@ -116,9 +114,7 @@ def _write(
     return meta
 
 
-def _append_all(
-    encoded: Iterator[EncodedUnit], writer: DatasetWriter, total: int, progress: ProgressCallback
-) -> int:
+def _append_all(encoded: Iterator[EncodedUnit], writer: DatasetWriter, total: int, progress: ProgressCallback) -> int:
     """Append every unit in order; returns how many documents were no text."""
     done = skipped = 0
     for unit in encoded:

@@ -73,16 +73,12 @@ def open_source(source: str | Path, *, text_field: str = "text", include: Sequen
         units = _saved_dataset_units(path, sum(file.size for file in files), text_field)
     elif (path / "dataset_dict.json").is_file():
         splits = sorted(child.name for child in path.iterdir() if child.is_dir())
-        raise UserError(
-            f"{path} holds several datasets, name one: {', '.join(str(path / name) for name in splits)}"
-        )
+        raise UserError(f"{path} holds several datasets, name one: {', '.join(str(path / name) for name in splits)}")
     elif path.is_dir():
         files = list(_walk(path, include))
         units = _file_units(files, text_field, FILE_DOCUMENT_BYTES)
     else:
-        raise UserError(
-            f"there is no file or folder {path}, and {STANDARD_LIBRARY} is the only built-in source"
-        )
+        raise UserError(f"there is no file or folder {path}, and {STANDARD_LIBRARY} is the only built-in source")
     if not any(unit.size for unit in units):
         raise UserError(f"{path} holds no text" + _pattern_hint(include))
     return Source(str(path), tuple(units), _fingerprint(files, lambda file: file.modified))
@@ -182,9 +178,7 @@ def _parquet_units(file: _File, column: str) -> Iterator[Unit]:
 def _saved_dataset_units(path: Path, size: int, field: str) -> list[Unit]:
     _require("datasets", f"read the saved dataset {path}")
     dataset = load_saved_dataset(path)
-    texts = [
-        name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in _TEXT_TYPES
-    ]
+    texts = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in _TEXT_TYPES]
     _require_column(str(path), field, texts)
     rows = len(dataset)
     step = max(1, rows * UNIT_BYTES // max(1, size))

@@ -61,9 +61,7 @@ class Parameters(_Record):
     def difference(self, wanted: Parameters) -> list[str]:
         """One line for each parameter that differs."""
         ours, theirs = self.model_dump(exclude={"source"}), wanted.model_dump(exclude={"source"})
-        return [
-            f"{name}: {ours[name]} (asked for: {theirs[name]})" for name in ours if ours[name] != theirs[name]
-        ]
+        return [f"{name}: {ours[name]} (asked for: {theirs[name]})" for name in ours if ours[name] != theirs[name]]
 
 
 class Meta(_Record):

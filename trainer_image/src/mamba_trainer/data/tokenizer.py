@@ -140,9 +140,7 @@ def open_tokenizer(directory: Path, record: TokenizerRecord) -> Tokenizer:
         raise UserError(f"{path} is missing: copy it from where the dataset was prepared, or prepare again")
     tokenizer = HuggingFaceTokenizer(_read(path), record.name, record.eot_id)
     if tokenizer.record() != record:
-        raise UserError(
-            f"{path} is not the tokenizer this dataset was prepared with: prepare the dataset again"
-        )
+        raise UserError(f"{path} is not the tokenizer this dataset was prepared with: prepare the dataset again")
     return tokenizer
 
 

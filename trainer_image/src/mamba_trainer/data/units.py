@@ -88,9 +88,7 @@ class JsonLinesUnit:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise UserError(
-                f"{self.path}, byte {at:,}: not a JSON record ({error}): {line[:60]!r}"
-            ) from error
+            raise UserError(f"{self.path}, byte {at:,}: not a JSON record ({error}): {line[:60]!r}") from error
         text = record.get(self.field) if isinstance(record, dict) else None
         if isinstance(record, dict) and self.field in record and text is None:
             return b""

@@ -36,9 +36,7 @@ class AttemptEnd:
 
 
 class Attempt:
-    def __init__(
-        self, spec: LaunchSpec, number: int, inbox: SignalInbox, guard: Guard, board: ReportBoard
-    ) -> None:
+    def __init__(self, spec: LaunchSpec, number: int, inbox: SignalInbox, guard: Guard, board: ReportBoard) -> None:
         self._spec = spec
         self._number = number
         self._inbox = inbox

@@ -91,9 +91,7 @@ class HangDetector:
             return f"has not beaten for {silence:.0f} s (it was {record.phase} at step {record.step})"
         if still <= limit or (stopping and record.phase in _ENDING):
             return None
-        return (
-            f"beats but has been {record.phase} at step {record.step} for {still:.0f} s (limit {limit:.0f} s)"
-        )
+        return f"beats but has been {record.phase} at step {record.step} for {still:.0f} s (limit {limit:.0f} s)"
 
     def _limit(self, pulse: _Pulse) -> float:
         if pulse.record.phase is Phase.STARTING:

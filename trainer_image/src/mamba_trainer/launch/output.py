@@ -46,8 +46,7 @@ class RankOutput:
     def _take(self, lines: list[bytes]) -> None:
         # A progress bar redraws one line many times; what it showed last is enough.
         self._lines.extend(
-            line.rsplit(b"\r", 1)[-1].decode(errors="replace")[:_KEPT_LINE_CHARS]
-            for line in map(_unreturned, lines)
+            line.rsplit(b"\r", 1)[-1].decode(errors="replace")[:_KEPT_LINE_CHARS] for line in map(_unreturned, lines)
         )
         if self._prefix:
             write_stderr(b"".join(self._prefix + line + b"\n" for line in lines))

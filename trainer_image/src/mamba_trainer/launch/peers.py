@@ -88,9 +88,7 @@ class StorePeers:
     def _silence(self, now: float) -> str | None:
         limits = self._spec.limits
         if not self.joined:
-            return _late(
-                f"Node 0 ({self._spec.master_addr}) did not answer", now - self._started_at, limits.join
-            )
+            return _late(f"Node 0 ({self._spec.master_addr}) did not answer", now - self._started_at, limits.join)
         waits = [("The store on node 0 did not answer", now - self._exchanged_at, limits.peer_silence)]
         waits += [
             (

@@ -147,9 +147,7 @@ class Gang:
         self._guard.watch(process.pid)
         pipe = process.stderr if first else process.stdout
         assert pipe is not None
-        self._ranks[local_rank] = _Rank(
-            process, RankOutput(pipe, "" if first else f"[rank {environment['RANK']}] ")
-        )
+        self._ranks[local_rank] = _Rank(process, RankOutput(pipe, "" if first else f"[rank {environment['RANK']}] "))
         self.alive.add(local_rank)
 
     def _bury(self, local_rank: int) -> int:

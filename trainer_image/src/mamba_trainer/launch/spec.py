@@ -88,9 +88,7 @@ class LaunchSpec:
                 raise UserError(message)
 
     @classmethod
-    def in_pod(
-        cls, command: Sequence[str], environ: Mapping[str, str] | None = None, **settings: Any
-    ) -> LaunchSpec:
+    def in_pod(cls, command: Sequence[str], environ: Mapping[str, str] | None = None, **settings: Any) -> LaunchSpec:
         """The launch that a backend describes by `contract.Env`, the same names for every backend."""
         environ = os.environ if environ is None else environ
 

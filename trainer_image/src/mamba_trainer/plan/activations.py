@@ -63,9 +63,7 @@ def block_temporaries(model: ModelConfig, backend: str, batch: int, length: int,
 def loss_forward(model: ModelConfig, tokens: int, width: int, *, fp16: bool) -> int:
     """One chunk of logits, and the gradients of hidden states and head that come out with the loss."""
     rows = min(tokens, max(1, LOSS_CHUNK_BYTES // (4 * model.padded_vocab_size)))
-    chunk = (
-        rows * model.padded_vocab_size * (10 if fp16 else 8)
-    )  # logits, and logsumexp's copy or the narrow ones
+    chunk = rows * model.padded_vocab_size * (10 if fp16 else 8)  # logits, and logsumexp's copy or the narrow ones
     hidden = tokens * model.d_model * (4 + 2 * width)  # the last norm's input and output, and the gradient
     return chunk + hidden + head_gradient(model, 4 if fp16 else width)
 

@@ -52,15 +52,11 @@ def named(name: str, gpus: int, *, nodes: int = 1, host_bytes: int | None = None
     """
     wanted = _key(name)
     by_key = {_key(card.name): card for card in CARDS}
-    card = by_key.get(wanted) or next(
-        (c for key, c in by_key.items() if key.endswith(wanted) and wanted), None
-    )
+    card = by_key.get(wanted) or next((c for key, c in by_key.items() if key.endswith(wanted) and wanted), None)
     if card is None:
         near = difflib.get_close_matches(wanted, by_key, n=1, cutoff=0.4)
         hint = f" Did you mean {by_key[near[0]].name}?" if near else ""
-        raise UserError(
-            f"There is no card {name!r} in the table.{hint} Cards: {', '.join(c.name for c in CARDS)}."
-        )
+        raise UserError(f"There is no card {name!r} in the table.{hint} Cards: {', '.join(c.name for c in CARDS)}.")
     return on_card(card, gpus, nodes=nodes, host_bytes=host_bytes)
 
 

@@ -34,8 +34,8 @@ _SEVERAL_RANKS: tuple[Way, ...] = (
 #: A single rank has nothing to partition: ZeRO-0 is plain data parallelism without buckets and copies. ZeRO-1
 #: converts gradients group by group, which saves 6 bytes per parameter in the optimizer step.
 _ONE_RANK: tuple[Way, ...] = (
-    (0, False, False), (1, False, False), (2, True, False), (3, True, False), (3, True, True),
-    (3, False, True), (2, False, False), (3, False, False), (1, True, False),
+    (0, False, False), (1, False, False), (2, False, False), (3, False, False), (2, True, False),
+    (3, True, False), (3, True, True), (3, False, True), (1, True, False),
 )  # fmt: skip
 
 
@@ -71,9 +71,7 @@ def resolve_scan(config: TrainerConfig, hardware: Hardware) -> ScanName:
 
 
 def job_for(config: TrainerConfig, hardware: Hardware) -> Job:
-    return make_job(
-        config, hardware, resolve_precision(config.parallelism, hardware), resolve_scan(config, hardware)
-    )
+    return make_job(config, hardware, resolve_precision(config.parallelism, hardware), resolve_scan(config, hardware))
 
 
 def search(config: TrainerConfig, hardware: Hardware) -> Search:

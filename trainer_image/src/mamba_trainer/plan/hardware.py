@@ -144,9 +144,7 @@ def _left_in_container() -> int | None:
         if limit == "max":
             return None
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        stat = dict(
-            line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-        )
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
         return max(0, int(limit) - used + int(stat["inactive_file"]))
     except (OSError, ValueError, KeyError):
         return None

@@ -283,9 +283,7 @@ def _step_bytes(job: Job, mode: Mode) -> int:
         if job.precision is Precision.FP32:
             return flatten
         # fp32 gradients of everything and the copy of one group; the 16-bit ones go as they are converted.
-        return max(
-            flatten, 4 * (job.elements + job.group_elements) - width * (job.elements - job.group_elements)
-        )
+        return max(flatten, 4 * (job.elements + job.group_elements) - width * (job.elements - job.group_elements))
     converted = 0 if width == master else master
     piece = math.ceil(job.group_elements / job.world)
     if mode.zero_stage == 3:

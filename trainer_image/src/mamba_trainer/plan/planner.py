@@ -30,9 +30,7 @@ def plan_training(config: TrainerConfig, hardware: Hardware) -> TrainingPlan:
         raise refuse(config, hardware, found)
     size = checkpoint_bytes(found.job, found.chosen.mode)
     _check_disk(config, hardware, size)
-    return _plan(
-        found.job, found.chosen, hardware, size, tuple(_reasons(found, found.chosen, hardware, size))
-    )
+    return _plan(found.job, found.chosen, hardware, size, tuple(_reasons(found, found.chosen, hardware, size)))
 
 
 def smaller_plan(config: TrainerConfig, hardware: Hardware, plan: TrainingPlan) -> TrainingPlan | None:
@@ -54,9 +52,7 @@ def smaller_plan(config: TrainerConfig, hardware: Hardware, plan: TrainingPlan) 
     return None
 
 
-def _plan(
-    job: Job, chosen: Candidate, hardware: Hardware, size: int, reasons: tuple[str, ...]
-) -> TrainingPlan:
+def _plan(job: Job, chosen: Candidate, hardware: Hardware, size: int, reasons: tuple[str, ...]) -> TrainingPlan:
     mode, memory = chosen
     keep = job.config.checkpoint.keep
     return TrainingPlan(
@@ -92,20 +88,14 @@ def _device(offloaded: bool) -> Device:
 def _check_ranks(config: TrainerConfig, hardware: Hardware) -> None:
     asked, present = config.parallelism.num_gpus, hardware.gpus * hardware.nodes
     if hardware.gpus and asked > present:
-        machine = f"{hardware.gpus} x {hardware.name}" + (
-            f" on {hardware.nodes} nodes" if hardware.nodes > 1 else ""
-        )
-        raise UserError(
-            f"{asked} GPUs are asked for, but there are {present} ({machine}): use --num_gpus {present}."
-        )
+        machine = f"{hardware.gpus} x {hardware.name}" + (f" on {hardware.nodes} nodes" if hardware.nodes > 1 else "")
+        raise UserError(f"{asked} GPUs are asked for, but there are {present} ({machine}): use --num_gpus {present}.")
 
 
 def _check_precision(precision: Precision, hardware: Hardware) -> None:
     if precision not in hardware.precisions:
         able = ", ".join(hardware.precisions)
-        raise UserError(
-            f"{hardware.name} cannot compute in {precision}: set parallelism.precision to one of {able}."
-        )
+        raise UserError(f"{hardware.name} cannot compute in {precision}: set parallelism.precision to one of {able}.")
 
 
 def _check_disk(config: TrainerConfig, hardware: Hardware, size: int) -> None:
@@ -148,9 +138,7 @@ def _passed_over(found: Search, mode: Mode) -> Iterator[str]:
     least: dict[Way, Candidate] = {}
     for candidate in found.tried[:-1]:
         way = candidate.mode[:3]
-        if way != mode[:3] and (
-            way not in least or candidate.footprint.gpu_total < least[way].footprint.gpu_total
-        ):
+        if way != mode[:3] and (way not in least or candidate.footprint.gpu_total < least[way].footprint.gpu_total):
             least[way] = candidate
     if not least:
         return

@@ -34,9 +34,7 @@ def refuse(config: TrainerConfig, hardware: Hardware, failed: Search) -> UserErr
     if proposals:
         lines += ["What fits:", *(f"  - {text}" for text in proposals)]
     else:
-        lines.append(
-            "No mode fits, on up to 128 GPUs of this kind or on any card we know: use a smaller model."
-        )
+        lines.append("No mode fits, on up to 128 GPUs of this kind or on any card we know: use a smaller model.")
     return UserError("\n".join(lines))
 
 
@@ -44,9 +42,7 @@ def _where(config: TrainerConfig, hardware: Hardware) -> str:
     count = config.parallelism.num_gpus
     if hardware.device == "cpu":
         return f"{count} CPU process{'es' if count > 1 else ''}"
-    return f"{count} x {hardware.name}" + (
-        f" ({gigabytes(hardware.gpu_bytes)} usable)" if hardware.gpu_bytes else ""
-    )
+    return f"{count} x {hardware.name}" + (f" ({gigabytes(hardware.gpu_bytes)} usable)" if hardware.gpu_bytes else "")
 
 
 def _excess(candidate: Candidate, hardware: Hardware) -> float:

@@ -29,22 +29,16 @@ class Hardware(_Data):
     gpus: int = Field(ge=0, description="GPUs of a node; 0: ranks are CPU processes.")
     nodes: int = Field(default=1, ge=1)
     name: str = Field(default="CPU", description="Product name of the card, or CPU.")
-    gpu_bytes: int | None = Field(
-        default=None, ge=0, description="Usable by us on each GPU, CUDA context included."
-    )
+    gpu_bytes: int | None = Field(default=None, ge=0, description="Usable by us on each GPU, CUDA context included.")
     peak_flops: float | None = Field(default=None, description="Dense 16-bit FLOP/s of a GPU; None: unknown.")
     memory_bandwidth: float | None = Field(default=None, description="Bytes per second of a GPU's memory.")
-    host_bytes: int | None = Field(
-        default=None, ge=0, description="Host memory we may use; None: not checked."
-    )
+    host_bytes: int | None = Field(default=None, ge=0, description="Host memory we may use; None: not checked.")
     disk_bytes: int | None = Field(
         default=None, ge=0, description="Free in the checkpoint folder; None: not looked at."
     )
     cpu_count: int = Field(default=1, ge=1)
     precisions: tuple[Precision, ...] = ALL_PRECISIONS
-    fused_scan: bool = Field(
-        default=True, description="Whether the fused kernels of mamba-ssm are installed."
-    )
+    fused_scan: bool = Field(default=True, description="Whether the fused kernels of mamba-ssm are installed.")
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -108,16 +102,12 @@ class TrainingPlan(_Data):
     scan_backend: Literal["torch", "mamba_ssm"] = Field(description="The backend that the numbers assume.")
     sizes: Sizes
     gpu_budget: int | None = Field(description="Usable bytes of a GPU; None for CPU processes.")
-    gpu_memory: dict[Term, int] = Field(
-        description="Of one GPU, or CPU process, at its peak; sums to the peak."
-    )
+    gpu_memory: dict[Term, int] = Field(description="Of one GPU, or CPU process, at its peak; sums to the peak.")
     peak_phase: str = Field(description="When that peak is reached.")
     host_budget: int | None
     host_memory: dict[HostTerm, int] = Field(description="Of one node.")
     checkpoint_bytes: int
-    disk_bytes: int = Field(
-        description="Checkpoints that can exist at one time, the one being written included."
-    )
+    disk_bytes: int = Field(description="Checkpoints that can exist at one time, the one being written included.")
     reasons: tuple[str, ...]
 
     @computed_field  # type: ignore[prop-decorator]
@@ -139,9 +129,7 @@ class TrainingPlan(_Data):
     @property
     def mode(self) -> str:
         """In words: `ZeRO-2, optimizer on the host, recompute every 3 blocks`."""
-        way = way_words(
-            self.zero_stage, self.offload_optimizer is Device.CPU, self.offload_parameters is Device.CPU
-        )
+        way = way_words(self.zero_stage, self.offload_optimizer is Device.CPU, self.offload_parameters is Device.CPU)
         return f"{way}, {recompute_words(self.recompute_every)}"
 
 
