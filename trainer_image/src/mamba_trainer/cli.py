@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,10 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+#: What click exits with when it cannot read the command line.
+_USAGE = 2
 
 
 def _option(name: str, help: str, **settings: Any) -> Any:
@@ -68,6 +72,7 @@ def run(
     resolved = resolve(request)
     if "RANK" in os.environ and Env.CONFIG not in os.environ:
         _run_as_rank(resolved)
+    _check(resolved, dry_run=dry_run, elsewhere=gpu is not None)
     _print_plan(resolved)
     if dry_run:
         return
@@ -154,12 +159,12 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them.")] = Path("checkpoints"),
 ) -> None:
     """Check checkpoints against their manifests: every file, size and SHA-256."""
-    from mamba_trainer.checkpoint import inspect
+    from mamba_trainer.checkpoint.inspection import inspect
 
     sound = True
-    for report in inspect(directory):
-        print(report)
-        sound &= report.ok
+    for finding in inspect(directory):
+        print(finding, flush=True)
+        sound &= finding.sound
     raise typer.Exit(ExitCode.DONE if sound else ExitCode.NO_VALID_CHECKPOINT)
 
 
@@ -178,6 +183,19 @@ def _named(gpu: str | None, num_gpus: int | None) -> Any:
     from mamba_trainer.plan.cards import named
 
     return named(gpu, num_gpus or 1)
+
+
+def _check(resolved: Any, *, dry_run: bool, elsewhere: bool) -> None:
+    """A mistake must not stand below a screen of plan. What is on this machine says nothing about another."""
+    from mamba_trainer import preflight
+    from mamba_trainer.resolve import check_output
+
+    if not dry_run:
+        preflight.require_data(resolved.config)
+    if not elsewhere:
+        preflight.check(resolved)
+    if not dry_run:
+        check_output(resolved)
 
 
 def _print_plan(resolved: Any) -> None:
@@ -207,20 +225,24 @@ def _run_as_rank(resolved: Any) -> None:
     rank.main(lambda: load_as_rank(resolved))
 
 
-def _guard(command: Callable[[], Any]) -> None:
+def _run(arguments: Sequence[str] | None, name: str) -> NoReturn:
     """Runs a command; an end with a known cause becomes its message and its exit code."""
     try:
-        command()
+        app(arguments, prog_name=name)
     except TrainerError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as error:
+        # click ends with 2 for an option that does not exist: a bad request like any other.
+        sys.exit(ExitCode.USER_ERROR if error.code == _USAGE else error.code)
+    raise AssertionError("a command always exits")
 
 
 def main() -> None:
-    _guard(app)
+    _run(None, "mamba-train")
 
 
 def train_deepspeed(arguments: Sequence[str] | None = None) -> None:
     """`train_deepspeed.py`: `mamba-train run` without a subcommand."""
     given = sys.argv[1:] if arguments is None else arguments
-    _guard(lambda: app(["run", *given], prog_name="train_deepspeed.py"))
+    _run(["run", *given], "train_deepspeed.py")

@@ -21,6 +21,7 @@ from mamba_trainer.data.order import SampleOrder
 from mamba_trainer.engine import Engine
 from mamba_trainer.plan import TrainingPlan
 from mamba_trainer.schedule import learning_rate
+from mamba_trainer.stop import StopRequest as StopRequest
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,6 @@ class Callback:
         """Always, whatever the end; must not raise."""
 
 
-class StopRequest:
-    """Set by a signal on any rank; read by the loop at the end of a step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, *_: Any) -> None:
-        self.requested = True
-
-
 class Trainer:
     """Owns the position of a run: steps completed and samples consumed."""
 
@@ -97,6 +88,7 @@ class Trainer:
         """
         for callback in self._callbacks:
             callback.on_train_start(self)
+        self._stop.training_begins()
         while not self.finished:
             result, stop = self._train_step()
             for callback in self._callbacks:

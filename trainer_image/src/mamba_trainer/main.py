@@ -12,10 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from mamba_trainer.contract import Env, ExitCode, Phase, TrainerError, UserError
 from mamba_trainer.report import RankReporter, install_stack_dump
 from mamba_trainer.run import Run
+from mamba_trainer.stop import StopRequest
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch first allocates
 
@@ -33,7 +35,7 @@ def main(load: Callable[[], Run]) -> None:
 
 def _guarded(load: Callable[[], Run], reporter: RankReporter) -> int:
     try:
-        _train(load(), reporter)
+        _train(load, reporter)
     except TrainerError as error:
         reporter.fail(error.reason, str(error))
         _tell(str(error))
@@ -52,16 +54,24 @@ def _guarded(load: Callable[[], Run], reporter: RankReporter) -> int:
     return ExitCode.DONE
 
 
-def _train(run: Run, reporter: RankReporter) -> None:
-    from mamba_trainer.loop import StopRequest
-
-    stop = StopRequest()
-    # Before the long imports: a stop that arrives during them must not kill the rank.
+def _train(load: Callable[[], Run], reporter: RankReporter) -> None:
+    # Before the long imports: a stop that arrives during them is no failure.
+    stop = StopRequest(_leave)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    run = load()
+    # Else DeepSpeed looks for one itself and warns where it finds none.
+    os.environ.setdefault("DS_ACCELERATOR", run.plan.device)
     from mamba_trainer.session import train
 
     train(run, reporter, stop)
+
+
+def _leave() -> NoReturn:
+    """In a signal handler, and perhaps within an import: nothing but system calls."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"stopped on request before the first step: there is nothing to save\n")
+    os._exit(ExitCode.SAVED_AND_STOPPED)
 
 
 def _tell(message: str) -> None:
@@ -90,7 +100,7 @@ def _explain_out_of_memory(error: BaseException) -> str:
     return (
         f"The GPU ran out of memory: {print_memory_of_failure(error)}\n"
         "  Settings that need less: training.micro_batch_size 1, training.recompute all, a higher zero_stage, "
-        "offload_optimizer cpu, or more GPUs. `mamba-train plan` shows what fits this card."
+        "offload_optimizer cpu, or more GPUs. `mamba-train run --check_memory` shows what fits this card."
     )
 
 

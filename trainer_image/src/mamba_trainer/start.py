@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from mamba_trainer import launch, sample
-from mamba_trainer.contract import ExitCode, UserError
-from mamba_trainer.data.dataset import check_vocabulary, open_datasets
+from mamba_trainer import launch, preflight, sample
+from mamba_trainer.contract import ExitCode
 from mamba_trainer.data.tokenfile import read_meta
+from mamba_trainer.data.tokenizer import ByteTokenizer
 from mamba_trainer.plan import smaller_plan
 from mamba_trainer.resolve import check_output
 from mamba_trainer.run import Run
@@ -64,31 +64,25 @@ def load_as_rank(run: Run) -> Run:
 
 def with_data(run: Run) -> Run:
     """`run` with its data opened once, built-in text prepared: mistakes show before any rank starts."""
+    preflight.require_data(run.config)
     data = run.config.data
-    if data.path is None and data.builtin is None:
-        raise UserError(
-            "There is no data to train on. Prepare a text, jsonl, parquet or source folder once, then name it:\n"
-            "  mamba-train prepare my-text.jsonl data/mine --tokenizer tokenizer.json\n"
-            "  ... --data data/mine\n"
-            "Or use text that is on every machine:  --set data.builtin=python-stdlib"
-        )
     if data.path is None:
         path = prepare_builtin(str(data.builtin), run.config.model.vocab_size)
         data = data.model_copy(update={"path": path, "builtin": None})
         run = run.model_copy(update={"config": run.config.model_copy(update={"data": data})})
-    assert data.path is not None
-    training, _ = open_datasets(data.path, data.validation_path, run.config.training.sequence_length)
-    if advice := check_vocabulary(training, run.config.model.vocab_size):
+    if advice := preflight.check_data(run.config):
         print(advice)
     return run
 
 
 def prepare_builtin(name: str, vocab_size: int) -> Path:
-    """Real text from this machine, with a BPE of the model's vocabulary trained on it; prepared once."""
+    """Real text from this machine as bytes, or with a BPE of the model's vocabulary trained on it; prepared once."""
     from mamba_trainer.console import prepare_with_progress
 
     path = builtin_directory(name, vocab_size)
-    prepare_with_progress(name, path, tokenizer=f"bpe:{vocab_size}")
+    prepare_with_progress(
+        name, path, tokenizer="byte" if vocab_size == ByteTokenizer.vocab_size else f"bpe:{vocab_size}"
+    )
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections import deque
 from pathlib import Path
 from typing import IO, Any
@@ -61,8 +62,8 @@ class Progress(Callback):
         print(_line(trainer, result, pace, mfu, memory, left), flush=True)
         if self._jsonl is not None:
             row: dict[str, Any] = {
-                "step": result.step, "loss": result.loss, "learning_rate": result.learning_rate,
-                "gradient_norm": result.gradient_norm, "applied": result.applied, "samples": trainer.samples,
+                "step": result.step, "loss": _finite(result.loss), "learning_rate": result.learning_rate,
+                "gradient_norm": _finite(result.gradient_norm), "applied": result.applied, "samples": trainer.samples,
                 "tokens_per_second": pace, "step_seconds": result.seconds, "mfu": mfu, "peak_memory_bytes": memory,
             }  # fmt: skip
             self._jsonl.write(json.dumps(row) + "\n")
@@ -71,6 +72,11 @@ class Progress(Callback):
     def close(self) -> None:
         if self._jsonl is not None:
             self._jsonl.close()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _line(trainer: Trainer, result: StepResult, pace: float, mfu: float | None, memory: int, left: float) -> str:

@@ -62,6 +62,18 @@ def refusal(folder: Path, found: Manifest, run: RunFacts) -> str | None:
     return None
 
 
+def mismatch(folder: Path, found: Manifest, run: RunFacts) -> str | None:
+    """`refusal`, for a checkpoint that was not asked for by name: it must be of the same optimisation problem."""
+    problem = refusal(folder, found, run)
+    if problem is None and found.config_hash != run.config_hash:
+        return (
+            f"{folder} was saved with another configuration of model, training or data order. "
+            "Choose another checkpoint.directory, or name this checkpoint to go on from it: "
+            f"--load_checkpoint {folder}"
+        )
+    return problem
+
+
 class Resume:
     """One search. All ranks make the same calls in the same order."""
 
@@ -107,13 +119,7 @@ class Resume:
             except BadCheckpoint as error:
                 self._set_aside(folder, str(error))
                 continue
-            problem = refusal(folder, found, self._run)
-            if problem is None and found.config_hash != self._run.config_hash:
-                problem = (
-                    f"{folder} was saved with another configuration of model, training or data order. "
-                    "Choose another checkpoint.directory, or name this checkpoint to go on from it: "
-                    f"--load_checkpoint {folder}"
-                )
+            problem = mismatch(folder, found, self._run)
             if problem is not None:
                 raise UserError(problem)
             return Selection(folder, found)

@@ -46,13 +46,14 @@ def name_of(code: int) -> str:
 
 
 def root_cause(ends: Sequence[End]) -> End:
-    """The first failure; a lost peer only if nothing else failed; else 75 if any rank stopped; else 0."""
+    """The first failure of its own; else 75 if any rank stopped (it may be the peer that others lost); else a lost
+    peer; else 0."""
     own = [end for end in ends if not end.killed]
     failures = [end for end in own if end.code not in GOOD]
     first_hand = [end for end in failures if end.code != ExitCode.PEER_LOST]
     stopped = [end for end in own if end.code == ExitCode.SAVED_AND_STOPPED]
     done = [end for end in own if end.code == ExitCode.DONE]
-    for candidates in (first_hand, failures, stopped, done, ends):
+    for candidates in (first_hand, stopped, failures, done, ends):
         if candidates:
             return min(candidates, key=_precedence)
     raise ValueError("no rank has ended")
