@@ -100,8 +100,8 @@ def main() -> None:
         figures = {key: row[key] / 1e9 for key in ("after_start", "peak_allocated", "planned", "peak_reserved")}
         print(
             f"{name}: after start {figures['after_start']:.2f} GB, peak {figures['peak_allocated']:.2f} (planned "
-            f"{figures['planned']:.2f}), reserved {figures['peak_reserved']:.2f}; last step {row['step_seconds']:.2f} s, "
-            f"losses {row['losses']}, {time.perf_counter() - started:.0f} s in all",
+            f"{figures['planned']:.2f}), reserved {figures['peak_reserved']:.2f}; "
+            f"last step {row['step_seconds']:.2f} s, losses {row['losses']}; whole {time.perf_counter() - started:.0f} s",
             flush=True,
         )
 

@@ -13,13 +13,13 @@ from mamba_trainer.scan.torch_scan import SelectiveScan, TorchScan
 
 def recurrence(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Equations 2 and 3 of the paper, written down step by step and left to autograd."""
-    state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    state = u.new_zeros(u.shape[1], u.shape[2], A.shape[1])
     outputs = []
-    for t in range(u.shape[1]):
-        decay = torch.exp(dt[:, t].unsqueeze(-1) * A)
-        state = decay * state + (dt[:, t] * u[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(1)
-        outputs.append((state * C[:, t].unsqueeze(1)).sum(-1))
-    return torch.stack(outputs, dim=1)
+    for t in range(u.shape[0]):
+        decay = torch.exp(dt[t].unsqueeze(-1) * A)
+        state = decay * state + (dt[t] * u[t]).unsqueeze(-1) * B[t].unsqueeze(1)
+        outputs.append((state * C[t].unsqueeze(1)).sum(-1))
+    return torch.stack(outputs)
 
 
 def scan_inputs(
@@ -30,9 +30,9 @@ def scan_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    dt = normal(batch, length, channels).exp() * 0.3
+    dt = normal(length, batch, channels).exp() * 0.3
     A = -normal(channels, n).exp()
-    tensors = (normal(batch, length, channels), dt, A, normal(batch, length, n), normal(batch, length, n))
+    tensors = (normal(length, batch, channels), dt, A, normal(length, batch, n), normal(length, batch, n))
     return tuple(t.requires_grad_() for t in tensors)
 
 
@@ -57,7 +57,7 @@ def test_the_gradients_of_the_scan_are_its_derivatives(monkeypatch: pytest.Monke
 
 
 def test_a_chunk_fits_its_work_tensor_but_is_never_empty_or_longer_than_the_sequence() -> None:
-    assert torch_scan._chunk_length(2**14, 4096) == 64
+    assert torch_scan._chunk_length(2**12, 4096) * 2**12 == torch_scan._CHUNK_ELEMENTS
     assert torch_scan._chunk_length(2**40, 4096) == 8
     assert torch_scan._chunk_length(1, 100) == 100
     assert torch_scan._chunk_length(2**40, 3) == 3

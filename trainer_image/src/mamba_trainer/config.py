@@ -165,7 +165,9 @@ class TrainingConfig(_Group):
     )
     scan_backend: Literal["auto", "torch", "mamba_ssm"] = "auto"
     eval_interval: int = Field(1_000, ge=0, le=10**9, description="Steps between evaluations; 0: only at the end.")
-    eval_sequences: PositiveInt | None = Field(None, description="Held-out sequences an evaluation reads; null: all.")
+    eval_sequences: PositiveInt | None = Field(
+        None, description="Held-out sequences an evaluation reads on the way; null: all."
+    )
     max_nonfinite_steps: PositiveInt = Field(
         10, description="Steps in a row with a non-finite loss or gradient after which the run ends with exit 71."
     )

@@ -44,7 +44,7 @@ class Recurrent:
             weight.new_zeros(batch, config.d_inner, config.d_conv - 1) for _ in range(config.n_layer)
         ]  # the inputs that the next convolutions still see
         self._ssm = [
-            torch.zeros(batch, config.d_inner, config.d_state, device=weight.device) for _ in range(config.n_layer)
+            torch.zeros(batch, config.d_state, config.d_inner, device=weight.device) for _ in range(config.n_layer)
         ]
 
     @torch.inference_mode()
@@ -76,13 +76,13 @@ class Recurrent:
         x, z = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
         seen = torch.cat([self._conv[layer], x.transpose(1, 2)], dim=2)
         self._conv[layer] = seen[..., x.shape[1] :]
-        x = F.silu(F.conv1d(seen, weights.conv_weight, weights.conv_bias, groups=seen.shape[1])).transpose(1, 2)
+        x = F.silu(F.conv1d(seen, weights.conv_weight, weights.conv_bias, groups=seen.shape[1])).permute(2, 0, 1)
         dt, B, C = F.linear(x, weights.x_proj).split([rank, n, n], dim=-1)
         dt = F.softplus(F.linear(dt, weights.dt_proj).float() + weights.dt_bias)
         u = x.float()
         states, _ = scan_states(self._ssm[layer], u, dt, weights.A, B.float())
         self._ssm[layer] = states[-1].clone()
-        y = torch.einsum("tben,btn->bte", states, C.float()) + u * weights.D
+        y = torch.einsum("tbne,tbn->bte", states, C.float()) + u.transpose(0, 1) * weights.D
         return F.linear((y * F.silu(z.float())).to(z.dtype), weights.out_proj)
 
 

@@ -25,12 +25,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "training": {"sequence_length": 4096, "max_steps": 100_000, "learning_rate": 2e-4, "warmup_steps": 1_000},
     },
     "tiny": {
-        "model": {"d_model": 128, "n_layer": 4, "vocab_size": 2048, "d_state": 8},
+        "model": {"d_model": 128, "n_layer": 4, "vocab_size": 257, "d_state": 8},
         "data": {"builtin": "python-stdlib"},
         "training": {
             "sequence_length": 256,
             "global_batch_size": 8,
-            "max_steps": 300,
+            "max_steps": 500,
             "learning_rate": 5e-3,
             "warmup_steps": 20,
             "eval_interval": 100,

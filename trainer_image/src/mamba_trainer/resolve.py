@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from mamba_trainer import deepspeed_config
-from mamba_trainer.config import lay_over, merge, parse_config, read_yaml
+from mamba_trainer.checkpoint.commit import candidates
+from mamba_trainer.checkpoint.verify import BadCheckpoint, read_manifest
+from mamba_trainer.config import TrainerConfig, lay_over, merge, parse_config, read_yaml
 from mamba_trainer.contract import UserError
 from mamba_trainer.plan import Hardware, MemoryTable, memory_table, plan_training
 from mamba_trainer.plan.hardware import detect
@@ -68,7 +70,21 @@ def _configure(request: Request) -> tuple[TrainerConfig, Hardware]:
     if request.deepspeed_config is not None:
         base = lay_over(_preset_of(raw), raw)
         raw = deepspeed_config.adopt_user_settings(base, deepspeed_config.read_user_file(request.deepspeed_config))
-    return parse_config(raw), hardware
+    return _as_checkpointed(parse_config(raw)), hardware
+
+
+def _as_checkpointed(config: TrainerConfig) -> TrainerConfig:
+    """A run that resumes keeps the ZeRO stage of its checkpoint, however much memory is free today."""
+    load = config.checkpoint.load
+    if config.parallelism.zero_stage != "auto" or load == "none":
+        return config
+    for folder in candidates(config.checkpoint.directory) if load == "auto" else [Path(load)]:
+        try:
+            stage = read_manifest(folder).zero_stage
+        except (BadCheckpoint, UserError):
+            continue  # the resume says what is wrong with it, and goes on to the next
+        return parse_config(merge(config.model_dump(mode="json"), {"parallelism": {"zero_stage": stage}}))
+    return config
 
 
 def check_output(run: Run) -> None:

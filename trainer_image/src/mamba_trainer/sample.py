@@ -8,6 +8,9 @@ from pathlib import Path
 from mamba_trainer.contract import UserError
 from mamba_trainer.run import Run
 
+#: Tokens whose pairs are counted in a few seconds.
+_QUICK_TOKENS = 100_000_000
+
 
 def stream_text(
     model: Path,
@@ -72,9 +75,23 @@ def print_ending(run: Run) -> None:
         final, "def ", data=run.config.data.path, max_new_tokens=120, temperature=0.8, top_k=50, top_p=1.0, seed=0
     ):
         print(piece, end="", flush=True)
+    _print_baseline(run)
     print(
         f"\n\ncheckpoints: {directory}/ (verified: `mamba-train verify {directory}`)\n"
         f"data:        {run.config.data.path}\n"
         f"export:      mamba-train export {final} exported-model --format hf\n"
         f"generate:    mamba-train generate {final} --prompt 'class '"
     )
+
+
+def _print_baseline(run: Run) -> None:
+    """What the held-out bits per byte are worth: a bigram model of the same tokens, where counting them is quick."""
+    from mamba_trainer.data.bigram import bigram_bits_per_byte
+    from mamba_trainer.data.tokenfile import read_meta
+
+    path = run.config.data.path
+    meta = read_meta(path) if path is not None else None
+    if path is None or meta is None or "validation" not in meta.splits or meta.tokens > _QUICK_TOKENS:
+        return
+    bits = bigram_bits_per_byte(path).tokens
+    print(f"\n\nfor comparison: a bigram model of the same tokens has {bits:.4f} bits per byte", end="")

@@ -1,4 +1,4 @@
-"""Loss and bits per byte on the held-out split: every `eval_interval` steps and at the end."""
+"""Loss and bits per byte on the held-out split: a part of it every `eval_interval` steps, all of it at the end."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Evaluate(Callback):
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.training.eval_interval
         if (interval and result.step % interval == 0) or trainer.finished:
-            self.latest = result.step, self._evaluate(trainer)
+            limit = None if trainer.finished else trainer.config.training.eval_sequences
+            self.latest = result.step, self._evaluate(trainer, limit)
 
     @torch.no_grad()
-    def _evaluate(self, trainer: Trainer) -> Evaluation:
+    def _evaluate(self, trainer: Trainer, limit: int | None) -> Evaluation:
         self._reporter.update(phase=Phase.EVALUATING)
         rank, world = dist.get_rank(), dist.get_world_size()
-        micro, limit = trainer.plan.micro_batch_size, trainer.config.training.eval_sequences
+        micro = trainer.plan.micro_batch_size
         rounds = None if limit is None else max(1, limit // (micro * world))
         sums = torch.zeros(2, device=trainer.engine.device, dtype=torch.float64)  # nats, targets
         trainer.engine.deepspeed.eval()
