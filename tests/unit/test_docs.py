@@ -75,9 +75,12 @@ def test_every_option_that_a_page_uses_exists(page: Path):
 @pytest.mark.parametrize("page", ["docs/training.md", "docs/quickstart.zh.md"])
 def test_presets_have_the_stated_numbers_of_parameters(page: str):
     stated = {row[0]: row for row in rows(page) if row[0] in presets.names()}
-    assert stated.keys() == set(presets.names())
+    assert stated.keys() >= set(presets.names()) - {"tiny"}
     for name, row in stated.items():
         config = parse_config({"preset": name})
+        if name == "tiny":
+            assert "不到一百万" in row and config.model.parameter_count() < 1_000_000
+            continue
         assert f"{config.model.parameter_count():,}" in row
         if page == "docs/training.md":
             training = config.training

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mamba_trainer.config import TrainerConfig
+from mamba_trainer import presets
+from mamba_trainer.config import TrainerConfig, parse_config
 
 _INTRODUCTION = """\
 # Configuration
@@ -39,7 +40,21 @@ def render() -> str:
             top.append(name)
     rest = {**schema, "properties": {name: schema["properties"][name] for name in top}}
     sections.append(["## Top level", _table(rest, definitions)])
+    sections.append(["## Presets", "\n".join(_presets())])
     return "\n".join([_INTRODUCTION, "\n\n".join("\n\n".join(section) for section in sections), ""])
+
+
+def _presets() -> Iterator[str]:
+    yield "| Preset | d_model | n_layer | vocab_size | Parameters | Sequence | Steps | Learning rate |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in presets.names():
+        config = parse_config({"preset": name})
+        model, training = config.model, config.training
+        cells = (
+            f"`{name}`", model.d_model, model.n_layer, model.vocab_size, f"{model.parameter_count():,}",
+            training.sequence_length, training.max_steps, f"{training.learning_rate:g}",
+        )  # fmt: skip
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _table(group: _Schema, definitions: _Schema) -> str:
