@@ -73,7 +73,10 @@ def test_without_a_preset_on_a_machine_without_a_gpu_it_names_the_tiny_one(check
 def test_where_no_python_has_the_trainer_it_says_how_to_install_it(checkout: Path, tmp_path: Path):
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
-    # Standing in the sources must not count as having the trainer.
+    # With all but the trainer, and standing in its sources: that must not count as having it.
+    site_packages = next(bare.glob("lib/python*/site-packages"))
+    for package in ("torch", "deepspeed", "typer"):
+        (site_packages / package).mkdir()
     ended = launch(
         checkout, TRAINER_IMAGE / "src", "--preset", "tiny", "--dry_run",
         VIRTUAL_ENV=str(bare), PATH=f"{bare / 'bin'}:/usr/bin:/bin",
