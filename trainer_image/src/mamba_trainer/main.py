@@ -46,10 +46,15 @@ def _guarded(load: Callable[[], Run], reporter: RankReporter) -> int:
             reporter.fail("OutOfMemory", message)
             _tell(message)
             return ExitCode.OUT_OF_MEMORY
+        if _is_peer_lost(error):
+            message = f"Another rank is gone: {str(error).splitlines()[0]}"
+            reporter.fail("PeerLost", message)
+            _tell(message)
+            return ExitCode.PEER_LOST
         trace = traceback.format_exc()
-        reporter.fail("PeerLost" if _is_peer_lost(error) else "Failure", trace[-2000:])
+        reporter.fail("Failure", trace[-2000:])
         sys.stderr.write(trace)
-        return ExitCode.PEER_LOST if _is_peer_lost(error) else ExitCode.FAILURE
+        return ExitCode.FAILURE
     reporter.update(phase=Phase.DONE)
     return ExitCode.DONE
 

@@ -84,16 +84,22 @@ class Attempt:
 
     def _collect(self, now: float) -> None:
         for local_rank, returncode in self._gang.reap():
-            code = self._meaning(local_rank, exit_code_of(returncode))
+            had_trained = self._board.read(local_rank).phase not in _BEFORE_TRAINING
+            code = self._meaning(exit_code_of(returncode), had_trained)
             killed = code == KILLED and self._killed_at <= now
-            self._note(End(code, now, local_rank, killed), grace_after(code, self._spec.limits))
+            self._note(End(code, now, local_rank, killed), self._grace_after(code, had_trained))
 
-    def _meaning(self, local_rank: int, code: int) -> int:
+    def _meaning(self, code: int, had_trained: bool) -> int:
         # A rank that our SIGTERM met before it could handle it had nothing to save: it stopped as asked.
-        before_training = self._board.read(local_rank).phase in _BEFORE_TRAINING
-        if code == TERMINATED and self._stop_forwarded and before_training:
+        if code == TERMINATED and self._stop_forwarded and not had_trained:
             return ExitCode.SAVED_AND_STOPPED
         return code
+
+    def _grace_after(self, code: int, had_trained: bool) -> float:
+        # It ended alone, with nothing to save, and the others wait for it.
+        if code == ExitCode.SAVED_AND_STOPPED and not had_trained:
+            return self._spec.limits.failure_grace
+        return grace_after(code, self._spec.limits)
 
     def _note(self, end: End, grace: float) -> None:
         self._ends.append(end)
