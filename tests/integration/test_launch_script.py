@@ -1,10 +1,11 @@
-"""`launch_deepspeed.sh` as a person uses it: from any directory, with any option, on a machine without a GPU."""
+"""The guide's ways to start, as a person uses them: from any directory, with any option, without a GPU."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,27 +36,50 @@ def launch(checkout: Path, directory: Path, *options: str, **variables: str) -> 
     )  # fmt: skip
 
 
-def test_it_trains_on_cpu_processes_and_says_so_where_there_is_no_gpu(checkout: Path, tmp_path: Path):
-    elsewhere = tmp_path / "some where else"
-    elsewhere.mkdir()
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A directory to start from, with `my data` in it."""
+    directory = tmp_path / "some where else"
+    directory.mkdir()
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {number} of a text" for number in range(4000)))
-    prepare(text, elsewhere / "my data", tokenizer="byte", validation_fraction=0, workers=1)
-    small = [
-        option
-        for setting in ("model.vocab_size=257", "model.d_model=16", "model.n_layer=1", "training.sequence_length=32",
-                        "training.warmup_steps=0", "training.global_batch_size=2", "training.eval_interval=0")
-        for option in ("--set", setting)
-    ]  # fmt: skip
-    ended = launch(
-        checkout, elsewhere, "--num_gpus", "2", "--preset", "tiny", "--max_steps", "2", "--data", "my data",
-        "--checkpoint_dir", "my runs", *small,
-    )  # fmt: skip
+    prepare(text, directory / "my data", tokenizer="byte", validation_fraction=0, workers=1)
+    return directory
+
+
+SHORT_RUN = [
+    "--num_gpus=2", "--preset=tiny", "--max_steps=2", "--data=my data", "--checkpoint_dir=my runs",
+    *(f"--set={setting}" for setting in (
+        "model.vocab_size=257", "model.d_model=16", "model.n_layer=1", "training.sequence_length=32",
+        "training.warmup_steps=0", "training.global_batch_size=2", "training.eval_interval=0",
+    )),
+]  # fmt: skip
+
+
+def trained(ended: subprocess.CompletedProcess[str], directory: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    manifest = json.loads((directory / "my runs" / "final" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["worldSize"]) == (2, 2)
+
+
+def test_it_trains_on_cpu_processes_and_says_so_where_there_is_no_gpu(checkout: Path, elsewhere: Path):
+    ended = launch(checkout, elsewhere, *SHORT_RUN)
+    trained(ended, elsewhere)
     (said,) = [line for line in ended.stdout.splitlines() if "2 CPU processes" in line]
     assert "no GPU" in said
-    manifest = json.loads((elsewhere / "my runs" / "final" / "manifest.json").read_text())
-    assert (manifest["step"], manifest["worldSize"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("program", "count"), [("torchrun", "--nproc_per_node=2"), ("deepspeed", "--num_gpus=2")])
+def test_other_launchers_can_start_the_same_script(program: str, count: str, checkout: Path, elsewhere: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ended = subprocess.run(
+        [Path(sys.executable).with_name(program), count, f"--master_port={port}", checkout / "train_deepspeed.py", *SHORT_RUN],
+        cwd=elsewhere, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    trained(ended, elsewhere)
 
 
 def test_options_reach_the_trainer_and_its_exit_code_comes_back(checkout: Path, tmp_path: Path):
