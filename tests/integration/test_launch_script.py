@@ -74,8 +74,9 @@ def test_other_launchers_can_start_the_same_script(program: str, count: str, che
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    start = [Path(sys.executable).with_name(program), count, f"--master_port={port}"]
     ended = subprocess.run(
-        [Path(sys.executable).with_name(program), count, f"--master_port={port}", checkout / "train_deepspeed.py", *SHORT_RUN],
+        [*start, checkout / "train_deepspeed.py", *SHORT_RUN],
         cwd=elsewhere, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
