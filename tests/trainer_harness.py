@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import logging
 import os
 import random
 import shutil
@@ -234,6 +235,9 @@ def _become_a_process(environ: Mapping[str, str], stdout: int | None, stderr: in
     kept = dict(environ)  # it may be os.environ itself
     os.environ.clear()
     os.environ.update(kept)
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stdout)
     torch.set_num_threads(1)
 
 

@@ -238,8 +238,8 @@ def _run(arguments: Sequence[str] | None, name: str) -> NoReturn:
     raise AssertionError("a command always exits")
 
 
-def main() -> None:
-    _run(None, "mamba-train")
+def main(arguments: Sequence[str] | None = None) -> None:
+    _run(arguments, "mamba-train")
 
 
 def train_deepspeed(arguments: Sequence[str] | None = None) -> None:

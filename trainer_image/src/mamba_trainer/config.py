@@ -21,7 +21,7 @@ from pydantic.alias_generators import to_camel
 
 from mamba_trainer import presets
 from mamba_trainer.contract import UserError
-from mamba_trainer.guide import refuse_future_modes, translate_guide_keys
+from mamba_trainer.guide import refuse_future_modes, rename_guide_keys, translate_guide_keys
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1, le=2**40)]
@@ -50,7 +50,7 @@ class _Group(BaseModel):
 class ModelConfig(_Group):
     """Shape of a Mamba-1 language model, in the names of mamba_ssm (arXiv 2312.00752)."""
 
-    model_type: Literal["mamba"] = "mamba"
+    model_type: Literal["mamba"] = Field("mamba", description="Mamba-1; there is no other yet.")
     d_model: int = Field(ge=1, le=65_536, description="Width of the residual stream.")
     n_layer: int = Field(ge=1, le=1_024, description="Number of Mamba blocks.")
     vocab_size: int = Field(50_257, ge=2, le=2**24, description="Vocabulary of the tokenizer, before padding.")
@@ -60,9 +60,11 @@ class ModelConfig(_Group):
     dt_rank: PositiveInt | Auto = Field(
         "auto", description="Rank of the time step projection; auto: ceil(d_model / 16)."
     )
-    pad_vocab_size_multiple: int = Field(8, ge=1, le=4_096)
-    tie_embeddings: bool = True
-    norm_epsilon: float = Field(1e-5, gt=0, le=1e-2)
+    pad_vocab_size_multiple: int = Field(
+        8, ge=1, le=4_096, description="The embedding has a multiple of this many rows."
+    )
+    tie_embeddings: bool = Field(True, description="The head is the embedding.")
+    norm_epsilon: float = Field(1e-5, gt=0, le=1e-2, description="Epsilon of every RMSNorm.")
     residual_in_fp32: bool = Field(True, description="Keep the residual stream in fp32 under 16-bit weights.")
 
     @property
@@ -148,22 +150,22 @@ class TrainingConfig(_Group):
     sequence_length: int = Field(4_096, ge=1, le=2**20, description="Tokens a sequence is trained on.")
     global_batch_size: PositiveInt = Field(8, description="Sequences per optimizer step, over all GPUs.")
     micro_batch_size: PositiveInt | Auto = Field("auto", description="Sequences a GPU takes at once; auto: planned.")
-    max_steps: PositiveInt = 200_000
-    learning_rate: float = Field(1e-4, gt=0, le=10)
+    max_steps: PositiveInt = Field(200_000, description="Optimizer steps of the whole run.")
+    learning_rate: float = Field(1e-4, gt=0, le=10, description="Peak, after warm-up.")
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="Final over peak learning rate.")
-    schedule: Schedule = Schedule.COSINE
-    warmup_steps: int = Field(100, ge=0, le=10**9)
+    schedule: Schedule = Field(Schedule.COSINE, description="Decay after warm-up; wsd: constant, then a linear end.")
+    warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps of linear warm-up.")
     decay_fraction: float = Field(0.1, ge=0, le=1, description="Last part of the run in which WSD decays.")
-    weight_decay: float = Field(0.1, ge=0, le=10)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0, le=1)
+    weight_decay: float = Field(0.1, ge=0, le=10, description="AdamW decay; none on norms, biases, A_log, D.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW, first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW, second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, le=1, description="AdamW, added to the denominator.")
     gradient_clipping: float = Field(1.0, ge=0, le=1e6, description="Largest global gradient norm; 0: no clipping.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the initial weights.")
     recompute: PositiveInt | Literal["auto", "none", "all"] = Field(
         "auto", description="Activation recompute: none, all (every block), or k: one boundary every k blocks."
     )
-    scan_backend: Literal["auto", "torch", "mamba_ssm"] = "auto"
+    scan_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="auto: the fastest that runs here.")
     eval_interval: int = Field(1_000, ge=0, le=10**9, description="Steps between evaluations; 0: only at the end.")
     eval_sequences: PositiveInt | None = Field(
         None, description="Held-out sequences an evaluation reads on the way; null: all."
@@ -185,10 +187,12 @@ class ParallelismConfig(_Group):
     """How the ranks share the work. `auto` is resolved by the plan, never by the ranks."""
 
     num_gpus: int = Field(1, ge=1, le=65_536, description="Ranks in all; CPU processes where there is no GPU.")
-    zero_stage: Literal[0, 1, 2, 3] | Auto = "auto"
-    offload_optimizer: Device | Auto = "auto"
-    offload_parameters: Device | Auto = "auto"
-    precision: Precision | Auto = "auto"
+    zero_stage: Literal[0, 1, 2, 3] | Auto = Field(
+        "auto", description="What the ranks share: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights."
+    )
+    offload_optimizer: Device | Auto = Field("auto", description="cpu: masters and moments in host memory.")
+    offload_parameters: Device | Auto = Field("auto", description="cpu: weights in host memory; ZeRO-3 only.")
+    precision: Precision | Auto = Field("auto", description="Of weights and activations; auto: bf16, fp32 on CPUs.")
     master_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: 16-bit master weights and Adam moments. Changes arithmetic, so never automatic."
     )
@@ -206,7 +210,7 @@ class ParallelismConfig(_Group):
 
 
 class CheckpointConfig(_Group):
-    directory: Path = Path("checkpoints")
+    directory: Path = Field(Path("checkpoints"), description="Where checkpoints go.")
     interval: int = Field(
         1_000, ge=0, le=10**9, description="Steps between checkpoints; 0: only at the end and on a stop."
     )
@@ -226,7 +230,7 @@ class ReportingConfig(_Group):
 class TrainerConfig(_Group):
     """One training run, complete."""
 
-    preset: str | None = None
+    preset: str | None = Field(None, description="Named settings that everything else is laid over.")
     model: ModelConfig
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
@@ -304,8 +308,11 @@ _RIVALS = {
 
 
 def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`merge`, where an option of `over` also removes its rivals from `base` (a preset's `builtin`, for one)."""
-    cleaned = {key: dict(value) if isinstance(value, Mapping) else value for key, value in base.items()}
+    """`merge`, where an option of `over` also removes its rivals from `base` (a preset's `builtin`, for one).
+
+    The guide's name of an option and ours are the same option.
+    """
+    cleaned, over = rename_guide_keys(base), rename_guide_keys(over)
     for group, pairs in _RIVALS.items():
         given, under = over.get(group), cleaned.get(group)
         if not isinstance(given, Mapping) or not isinstance(under, dict):

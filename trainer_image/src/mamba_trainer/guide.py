@@ -27,23 +27,36 @@ _FUTURE_MODES = {
 }
 
 
+def rename_guide_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with the guide's keys under our names, so that layers meet under one name; `raw` itself is not changed.
+
+    A key that stands there under both names is left: `translate_guide_keys` judges it.
+    """
+    groups = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    for (group, old), (new_group, new) in _RENAMED.items():
+        source = groups if group is None else groups.get(group)
+        target = groups if new_group is None else groups.get(new_group, {})
+        if isinstance(source, dict) and isinstance(target, dict) and old in source and new not in target:
+            target[new] = source.pop(old)
+            if new_group is not None:
+                groups[new_group] = target
+    return groups
+
+
 def translate_guide_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` with the guide's keys renamed and its batch arithmetic done; `raw` itself is not changed.
 
     The guide's `batch_size` x `gradient_accumulation_steps` x `num_gpus` becomes `global_batch_size`, once.
     """
-    groups = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    groups = rename_guide_keys(raw)
     for (group, old), (new_group, new) in _RENAMED.items():
         source = groups if group is None else groups.get(group)
-        if not isinstance(source, dict) or old not in source:
+        target = groups if new_group is None else groups.get(new_group)
+        if not isinstance(source, dict) or not isinstance(target, dict) or old not in source:
             continue
         value = source.pop(old)
-        target = groups if new_group is None else groups.setdefault(new_group, {})
-        if not isinstance(target, dict):
-            continue
-        if target.get(new, value) != value:
+        if target[new] != value:
             raise ValueError(f"{old} ({value}) and {new} ({target[new]}) mean the same and differ: remove one")
-        target[new] = value
     _fold_accumulation(groups)
     return groups
 

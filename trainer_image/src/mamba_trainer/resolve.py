@@ -128,20 +128,26 @@ def _raw(request: Request, hardware: Hardware) -> dict[str, Any]:
     if request.num_gpus is not None:
         raw.pop("num_gpus", None)
         raw = merge(raw, {"parallelism": {"num_gpus": request.num_gpus}})
-    elif "num_gpus" not in raw and "num_gpus" not in raw.get("parallelism", {}):
-        raw = merge(raw, {"parallelism": {"num_gpus": _default_ranks(raw, hardware)}})
     for setting in request.settings:
         raw = lay_over(raw, read_setting(setting))
+    if "num_gpus" not in raw and "num_gpus" not in _group(raw, "parallelism"):
+        raw = merge(raw, {"parallelism": {"num_gpus": _default_ranks(raw, hardware)}})
     return raw
 
 
 def _default_ranks(raw: Mapping[str, Any], hardware: Hardware) -> int:
     """All GPUs, or two CPU processes; fewer where a given global batch can only be split over fewer."""
     ranks = hardware.gpus or min(2, hardware.cpu_count)
-    batch = lay_over(_preset_of(raw), raw).get("training", {}).get("global_batch_size")
+    batch = _group(lay_over(_preset_of(raw), raw), "training").get("global_batch_size")
     if isinstance(batch, int) and batch > 0:
         ranks = next(n for n in range(min(ranks, batch), 0, -1) if batch % n == 0)
     return ranks
+
+
+def _group(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Nothing has been validated yet: a group may be missing, or anything."""
+    group = raw.get(name)
+    return group if isinstance(group, Mapping) else {}
 
 
 def _preset_of(raw: Mapping[str, Any]) -> dict[str, Any]:
