@@ -7,11 +7,16 @@ and settings that the trainer itself must own.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from mamba_trainer.config import Device, Precision, TrainerConfig, lay_over, merge
 from mamba_trainer.contract import UserError
@@ -26,6 +31,8 @@ _OWNED = {
     "pipeline": "pipeline parallelism is not built yet: use ZeRO-3",
     "tensor_parallel": "tensor parallelism is not built yet: use ZeRO-3",
     "zero_allow_untested_optimizer": "leave it out",
+    "zero_optimization.cpu_offload": "set offload_optimizer.device to cpu",
+    "zero_optimization.cpu_offload_params": "set offload_param.device to cpu",
 }
 
 
@@ -36,6 +43,13 @@ _TRAINING_KEYS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "gradient_clipping",
 }
+
+
+#: Their name of a kind of offload, and ours.
+_OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
+
+#: Sections that we read.
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "activation_checkpointing")
 
 
 def build(config: TrainerConfig, plan: TrainingPlan) -> dict[str, Any]:
@@ -124,28 +138,29 @@ def adopt_user_settings(raw: Mapping[str, Any], user: Mapping[str, Any]) -> dict
     """
     user = _without_auto(user)
     _refuse(user)
+    sections = {name: dict(user.pop(name, {})) for name in _SECTIONS}
     training = {ours: user.pop(theirs) for theirs, ours in _TRAINING_KEYS.items() if theirs in user}
-    ours: dict[str, Any] = {"parallelism": {}, "training": training}
-    zero = dict(user.pop("zero_optimization", {}))
+    zero = sections["zero_optimization"]
+    parallelism = _precision(sections["bf16"], sections["fp16"])
     if "stage" in zero:
-        ours["parallelism"]["zero_stage"] = zero.pop("stage")
-    for key, name in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
-        device = zero.get(key, {}).get("device") if isinstance(zero.get(key), Mapping) else None
-        if device == "nvme":
-            raise UserError(f"zero_optimization.{key}.device nvme is not supported: use cpu, or leave it out.")
-        if device is not None:
-            ours["parallelism"][name] = device
-    for precision in ("bf16", "fp16"):
-        section = user.get(precision)
-        if isinstance(section, Mapping) and section.get("enabled"):
-            if ours["parallelism"].get("precision"):
-                raise UserError("The DeepSpeed configuration enables both bf16 and fp16: keep one.")
-            ours["parallelism"]["precision"] = precision
-            if section.get("bf16_master_weights_and_grads"):
-                ours["parallelism"]["master_dtype"] = "bf16"
-    ours["training"] |= _recompute(user.pop("activation_checkpointing", {}), raw)
-    kept = {**user, **({"zero_optimization": zero} if zero else {})}
-    return merge(lay_over(raw, ours), {"deepspeed": kept})
+        parallelism["zero_stage"] = zero.pop("stage")
+    for theirs, ours in _OFFLOADS.items():
+        if (device := zero.get(theirs, {}).get("device")) is not None:
+            parallelism[ours] = device
+    training |= _recompute(sections.pop("activation_checkpointing"), raw)
+    kept = user | {name: section for name, section in sections.items() if section}
+    return merge(lay_over(raw, {"parallelism": parallelism, "training": training}), {"deepspeed": kept})
+
+
+def _precision(bf16: dict[str, Any], fp16: dict[str, Any]) -> dict[str, Any]:
+    """Takes `enabled` from the sections: what is left of them are details of a precision that is chosen elsewhere."""
+    wide, narrow = bf16.pop("enabled", None), fp16.pop("enabled", None)
+    if wide and narrow:
+        raise UserError("The DeepSpeed configuration enables both bf16 and fp16: keep one.")
+    masters = {"master_dtype": "bf16"} if bf16.get("bf16_master_weights_and_grads") else {}
+    if wide or narrow:
+        return {"precision": "bf16" if wide else "fp16", **masters}
+    return {"precision": "fp32"} if wide is False else {}
 
 
 def differences(config: TrainerConfig, plan: TrainingPlan) -> list[str]:
@@ -159,22 +174,47 @@ def differences(config: TrainerConfig, plan: TrainingPlan) -> list[str]:
 
 
 def _refuse(user: Mapping[str, Any]) -> None:
-    wrong = [f"  {key}: {reason}" for key, reason in _OWNED.items() if key in user]
-    wrong += [f"  {key}: {reason}" for key, reason in _removed(user)]
+    for name in _SECTIONS:
+        if not isinstance(user.get(name, {}), Mapping):
+            raise UserError(f"{name} of the DeepSpeed configuration must be an object, not {json.dumps(user[name])}.")
+    wrong = [f"  {key}: {reason}" for key, reason in _OWNED.items() if _holds(user, key)]
+    wrong += [f"  {key}: {reason}" for key, reason in _removed_from_deepspeed() if _holds(user, key)]
+    wrong += _not_zero_options(user.get("zero_optimization", {})) if not wrong else []
     if wrong:
         raise UserError("\n".join(["These keys of the DeepSpeed configuration cannot be used:", *wrong]))
 
 
-def _removed(user: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    from deepspeed.runtime import config as installed
+def _holds(user: Mapping[str, Any], dotted: str) -> bool:
+    section, _, key = dotted.rpartition(".")
+    return key in (user.get(section, {}) if section else user)
 
-    for key, reason in getattr(installed, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}).items():
-        if key in user:
-            yield key, reason
-    zero = user.get("zero_optimization")
+
+def _removed_from_deepspeed() -> Iterator[tuple[str, str]]:
+    """Keys that the installed version has removed, with its own words."""
+    installed = _import_deepspeed("deepspeed.runtime.config")
+    yield from getattr(installed, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}).items()
     for key, reason in getattr(installed, "_REMOVED_ZERO_CONFIG_KEYS", {}).items():
-        if isinstance(zero, Mapping) and key in zero:
-            yield f"zero_optimization.{key}", reason
+        yield f"zero_optimization.{key}", reason
+
+
+def _not_zero_options(zero: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed would refuse in every rank."""
+    try:
+        _import_deepspeed("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        errors = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
+        return [f"  zero_optimization.{key}: {message}" for key, message in errors]
+    devices = {key: zero.get(key, {}).get("device") for key in _OFFLOADS}
+    nvme = "offload to nvme is not supported: use cpu, or leave it out"
+    return [f"  zero_optimization.{key}.device: {nvme}" for key, device in devices.items() if device == "nvme"]
+
+
+def _import_deepspeed(name: str) -> ModuleType:
+    import torch
+
+    # Else DeepSpeed looks for an accelerator itself and warns where it finds none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    return importlib.import_module(name)
 
 
 def _recompute(section: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:

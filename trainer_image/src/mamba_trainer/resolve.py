@@ -67,9 +67,12 @@ def resolve_memory(request: Request) -> MemoryTable:
 def _configure(request: Request) -> tuple[TrainerConfig, Hardware]:
     hardware = request.hardware or detect(request.checkpoint_dir or Path("checkpoints"))
     raw = _raw(request, hardware)
+    user = _group(raw, "deepspeed")
     if request.deepspeed_config is not None:
-        base = lay_over(_preset_of(raw), raw)
-        raw = deepspeed_config.adopt_user_settings(base, deepspeed_config.read_user_file(request.deepspeed_config))
+        user = merge(user, deepspeed_config.read_user_file(request.deepspeed_config))
+    if user:
+        raw.pop("deepspeed", None)
+        raw = deepspeed_config.adopt_user_settings(lay_over(_preset_of(raw), raw), user)
     return _as_checkpointed(parse_config(raw)), hardware
 
 
