@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help run test faults lint fmt types clean
+.PHONY: help run test faults generate verify lint fmt types clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -18,6 +18,12 @@ test: $(READY) ## All tests
 
 faults: $(READY) ## The long kill tests: 2,000 kills, counts add up over runs
 	@$(BIN)/python tests/faults/kill_harness.py --kills 2000 --engine-kills 200
+
+generate: $(READY) ## Write the generated files
+	@$(BIN)/python -m mamba_trainer.reference > docs/configuration.md
+
+verify: generate ## Fail if a generated file was out of date
+	@git diff --exit-code -- docs/configuration.md
 
 lint: $(READY) ## Style, imports, layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -101,7 +101,7 @@ def main() -> None:
         print(
             f"{name}: after start {figures['after_start']:.2f} GB, peak {figures['peak_allocated']:.2f} (planned "
             f"{figures['planned']:.2f}), reserved {figures['peak_reserved']:.2f}; "
-            f"last step {row['step_seconds']:.2f} s, losses {row['losses']}; whole {time.perf_counter() - started:.0f} s",
+            f"last step {row['step_seconds']:.2f} s, losses {row['losses']}, {time.perf_counter() - started:.0f} s",
             flush=True,
         )
 

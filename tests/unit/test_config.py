@@ -80,7 +80,7 @@ def test_flops_per_token_are_close_to_six_per_parameter() -> None:
         ({"preset": "tiny", "model": {"d_state": 257}}, "model.d_state"),
         ({"preset": "tiny", "training": {"learning_rate": -1}}, "training.learning_rate"),
         (
-            {"preset": "tiny", "training": {"warmup_steps": 301}},
+            {"preset": "tiny", "training": {"warmup_steps": 301, "max_steps": 300}},
             "warmup_steps (301) is larger than max_steps (300)",
         ),
         ({"preset": "tiny", "training": []}, "training"),

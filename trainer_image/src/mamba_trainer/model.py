@@ -38,17 +38,26 @@ class RMSNorm(nn.Module):
         return normed.to(self.weight.dtype)
 
 
-class _ReadAsFp32(torch.autograd.Function):
-    """Yields `exact`; the gradient goes to the 16-bit parameter that stands for it."""
+class _ExactDynamics(torch.autograd.Function):
+    """A = -exp(A_log), D and the dt bias from their fp32 values; gradients go to the 16-bit parameters.
+
+    One node for the three: on small models the launch of operations is what a step takes its time for.
+    """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, exact: Tensor) -> Tensor:
-        ctx.dtype = parameter.dtype
-        return exact.view_as(exact)
+    def forward(
+        ctx: Any, A_log: Tensor, D: Tensor, dt_bias: Tensor, exact_A_log: Tensor, exact_D: Tensor, exact_dt_bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        A = exact_A_log.exp().neg_()
+        ctx.save_for_backward(A)
+        ctx.dtype = A_log.dtype
+        return A, exact_D.view_as(exact_D), exact_dt_bias.view_as(exact_dt_bias)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0].to(ctx.dtype), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (A,) = ctx.saved_tensors
+        dA, dD, d_dt_bias = grad_outputs
+        return (dA * A).to(ctx.dtype), dD.to(ctx.dtype), d_dt_bias.to(ctx.dtype), None, None, None
 
 
 class Mixer(nn.Module):
@@ -70,23 +79,28 @@ class Mixer(nn.Module):
         #: Exact values of FP32_PARAMETERS where the parameters themselves are 16 bit; kept by `Fp32Values`.
         self.fp32_values: dict[str, Tensor] = {}
 
-    def _exact(self, name: str, parameter: Tensor) -> Tensor:
-        exact = self.fp32_values.get(name)
-        if exact is None:
-            return parameter.float()
-        value: Tensor = _ReadAsFp32.apply(parameter, exact)
-        return value
+    def _dynamics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, D and the dt bias in fp32."""
+        stored = (self.A_log, self.D, self.dt_proj.bias)
+        if not self.fp32_values:
+            A_log, D, dt_bias = (parameter.float() for parameter in stored)
+            return -torch.exp(A_log), D, dt_bias
+        exact: tuple[Tensor, Tensor, Tensor] = _ExactDynamics.apply(
+            *stored, *(self.fp32_values[name] for name in FP32_PARAMETERS)
+        )
+        return exact
 
     def weights(self) -> MixerWeights:
+        A, D, dt_bias = self._dynamics()
         return MixerWeights(
             conv_weight=self.conv1d.weight,
             conv_bias=self.conv1d.get_parameter("bias"),
             x_proj=self.x_proj.weight,
             dt_proj=self.dt_proj.weight,
             out_proj=self.out_proj.weight,
-            A=-torch.exp(self._exact("A_log", self.A_log)),
-            D=self._exact("D", self.D),
-            dt_bias=self._exact("dt_proj.bias", self.dt_proj.bias),
+            A=A,
+            D=D,
+            dt_bias=dt_bias,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,8 +121,9 @@ class Block(nn.Module):
         self.mixer = Mixer(config, scan)
 
     def forward(self, residual: Tensor) -> Tensor:
-        out: Tensor = self.mixer(self.norm(residual))
-        return residual + out.to(residual.dtype)
+        # Addition promotes: an fp32 residual stays fp32 without a cast of its own.
+        stream: Tensor = residual + self.mixer(self.norm(residual))
+        return stream
 
 
 class Backbone(nn.Module):

@@ -21,6 +21,4 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
             return peak + (floor - peak) * progress
         case Schedule.WSD:
             decay = training.decay_fraction
-            if not decay or progress < 1 - decay:
-                return peak
-            return peak + (floor - peak) * (progress - (1 - decay)) / decay
+            return floor + (peak - floor) * min(1.0, (1 - progress) / decay) if decay else peak

@@ -17,7 +17,7 @@ from mamba_trainer.config import ModelConfig
 LOSS_CHUNK_BYTES = 256 * 2**20
 
 #: Elements of one work tensor of the torch scan, as `torch_scan._CHUNK_ELEMENTS`.
-_TORCH_CHUNK_ELEMENTS = 2**20
+_TORCH_CHUNK_ELEMENTS = 2**18
 _TORCH_SHORTEST_CHUNK = 8
 
 #: The fused kernel keeps one state of each channel per this many time steps.
