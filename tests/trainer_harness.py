@@ -38,7 +38,7 @@ from mamba_trainer.restart import RestartPolicy
 
 SEQUENCE = 64
 GLOBAL_BATCH = 4
-WORDS = "def class return self import for in if else None True print range len int str list dict open".split()
+WORDS = ["def", "class", "return", "self", "import", "for", "in", "if", "else", "None", "True", "print", "range", "len"]
 
 
 @functools.cache
@@ -91,6 +91,7 @@ class Training:
         *,
         before: Callable[[int, int], object] | None = None,
         environ: Mapping[str, str] | None = None,
+        command: Callable[[Sequence[str]], object] = cli.train_deepspeed,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,12 +99,12 @@ class Training:
         self.output = folder / "output"
         self.pid = os.fork()
         if self.pid == 0:
-            _end_with(lambda: self._launch(arguments, before, environ or {}))
+            _end_with(lambda: self._launch(lambda: command(arguments), before, environ or {}))
         self.process = psutil.Process(self.pid)
         _alive.append(self)
 
     def _launch(
-        self, arguments: Sequence[str], before: Callable[[int, int], object] | None, environ: Mapping[str, str]
+        self, command: Callable[[], object], before: Callable[[int, int], object] | None, environ: Mapping[str, str]
     ) -> None:
         os.setsid()
         output = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -118,7 +119,7 @@ class Training:
         subprocess.Popen = lambda command, **how: (  # type: ignore[assignment,misc]
             ForkedRank(command, before, **how) if "mamba_trainer.main" in command else real(command, **how)
         )
-        cli.train_deepspeed(arguments)
+        command()
 
     def wait(self, seconds: float = 60) -> int:
         """The exit code, as a shell would say it."""

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mamba_trainer import cli, launch
-from trainer_harness import Training, dataset, options, prepared, trained
+from trainer_harness import dataset, options, prepared, trained
 
 #: Lines and columns of a small terminal.
 SCREEN = 24
@@ -214,7 +213,7 @@ def test_more_gpus_than_the_machine_has_are_refused() -> None:
     from mamba_trainer.plan.cards import named
     from mamba_trainer.resolve import Request, resolve
 
-    with pytest.raises(UserError, match="4 GPUs are asked for, but there are 2 .*--num_gpus 2"):
+    with pytest.raises(UserError, match=r"4 GPUs are asked for, but there are 2 .*--num_gpus 2"):
         resolve(Request(preset="1b_mamba", num_gpus=4, hardware=named("RTX 4090", 2)))
 
 

@@ -61,6 +61,8 @@ def run(
 
     if gpu is not None and not (dry_run or check_memory):
         raise UserError("--gpu names other hardware than this machine's: use it with --dry_run or --check_memory.")
+    if num_gpus is None and _started_as_rank():
+        num_gpus = int(os.environ["WORLD_SIZE"])  # who started the ranks has decided
     request = Request(
         preset=preset, config=config, num_gpus=num_gpus, deepspeed_config=deepspeed_config,
         load_checkpoint=load_checkpoint, data=data, checkpoint_dir=checkpoint_dir, max_steps=max_steps,
@@ -70,7 +72,7 @@ def run(
         _print_memory(request)
         return
     resolved = resolve(request)
-    if "RANK" in os.environ and Env.CONFIG not in os.environ:
+    if _started_as_rank():
         _run_as_rank(resolved)
     _check(resolved, dry_run=dry_run, elsewhere=gpu is not None)
     _print_plan(resolved)
@@ -177,6 +179,11 @@ def pod() -> None:
     raise typer.Exit(launch.run(launch.LaunchSpec.in_pod(command, status_port=9400)))
 
 
+def _started_as_rank() -> bool:
+    """By `deepspeed` or `torchrun`."""
+    return "RANK" in os.environ and Env.CONFIG not in os.environ
+
+
 def _named(gpu: str | None, num_gpus: int | None) -> Any:
     if gpu is None:
         return None
@@ -216,7 +223,7 @@ def _print_memory(request: Any) -> None:
 
 
 def _run_as_rank(resolved: Any) -> None:
-    """Started by `deepspeed` or `torchrun`: this process is a rank. Never returns."""
+    """Trains as one rank of a gang that somebody else watches. Never returns."""
     from mamba_trainer import main as rank
     from mamba_trainer.start import load_as_rank
 
@@ -230,7 +237,8 @@ def _run(arguments: Sequence[str] | None, name: str) -> NoReturn:
     try:
         app(arguments, prog_name=name)
     except TrainerError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the same mistake is not told by every rank
+            print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as error:
         # click ends with 2 for an option that does not exist: a bad request like any other.
