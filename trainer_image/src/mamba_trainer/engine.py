@@ -231,7 +231,7 @@ def _undo_initial_step(engine: Any) -> None:
             state["step"] = 0
 
 
-def print_memory_of_failure(error: BaseException) -> str:
+def memory_of_failure(error: BaseException) -> str:
     """What an out-of-memory error was about, in a few lines a person can act on."""
     if not torch.cuda.is_available():
         return str(error).splitlines()[0]

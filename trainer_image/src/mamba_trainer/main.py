@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from mamba_trainer.contract import Env, ExitCode, Phase, TrainerError, UserError
+from mamba_trainer.contract import DeviceOutOfMemory, Env, ExitCode, Phase, TrainerError, UserError
 from mamba_trainer.report import RankReporter, install_stack_dump
 from mamba_trainer.run import Run
 from mamba_trainer.stop import StopRequest
@@ -41,11 +41,6 @@ def _guarded(load: Callable[[], Run], reporter: RankReporter) -> int:
         _tell(str(error))
         return error.exit_code
     except BaseException as error:
-        if _is_out_of_memory(error):
-            message = _explain_out_of_memory(error)
-            reporter.fail("OutOfMemory", message)
-            _tell(message)
-            return ExitCode.OUT_OF_MEMORY
         if _is_peer_lost(error):
             message = f"Another rank is gone: {str(error).splitlines()[0]}"
             reporter.fail("PeerLost", message)
@@ -67,9 +62,14 @@ def _train(load: Callable[[], Run], reporter: RankReporter) -> None:
     run = load()
     # Else DeepSpeed looks for one itself and warns where it finds none.
     os.environ.setdefault("DS_ACCELERATOR", run.plan.device)
+    import torch
+
     from mamba_trainer.session import train
 
-    train(run, reporter, stop)
+    try:
+        train(run, reporter, stop)
+    except torch.OutOfMemoryError as error:
+        raise DeviceOutOfMemory(_explain_out_of_memory(error, run)) from error
 
 
 def _leave() -> NoReturn:
@@ -85,12 +85,6 @@ def _tell(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
-
-
 def _is_peer_lost(error: BaseException) -> bool:
     """A collective failed because another rank is gone: gloo and NCCL say so in these words."""
     import torch
@@ -99,14 +93,24 @@ def _is_peer_lost(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, torch.distributed.DistBackendError)) and any(w in str(error) for w in words)
 
 
-def _explain_out_of_memory(error: BaseException) -> str:
-    from mamba_trainer.engine import print_memory_of_failure
+def _explain_out_of_memory(error: BaseException, run: Run) -> str:
+    """What was live, and the next setting down that should fit: the launcher goes on with it on one machine."""
+    from mamba_trainer.engine import memory_of_failure
+    from mamba_trainer.plan import gigabytes, smaller_plan
 
-    return (
-        f"The GPU ran out of memory: {print_memory_of_failure(error)}\n"
-        "  Settings that need less: training.micro_batch_size 1, training.recompute all, a higher zero_stage, "
-        "offload_optimizer cpu, or more GPUs. `mamba-train run --check_memory` shows what fits this card."
-    )
+    lines = [f"The GPU ran out of memory in {run.plan.mode}, micro-batch {run.plan.micro_batch_size}."]
+    lines.append(memory_of_failure(error))
+    if (plan := smaller_plan(run.config, run.hardware, run.plan)) is not None:
+        lines.append(
+            f"  Needs less, with the same batch and ZeRO stage: micro-batch {plan.micro_batch_size}, {plan.mode} "
+            f"({gigabytes(plan.gpu_total)} planned instead of {gigabytes(run.plan.gpu_total)})."
+        )
+    else:
+        lines.append(
+            "  Nothing within this ZeRO stage needs less: use more GPUs, a higher stage or offload "
+            "(`mamba-train run --check_memory` shows what fits this card)."
+        )
+    return "\n".join(lines)
 
 
 def _from_command_line() -> Run:
