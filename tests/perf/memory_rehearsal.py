@@ -62,7 +62,7 @@ def run_case(case: Case, results: Any) -> None:
         })  # fmt: skip
         # Planned as if the card were large, so that the plan's figure is seen even where it says no.
         plan = plan_training(config, Hardware(gpus=case.gpus, name="rehearsal", gpu_bytes=10**12))
-        measured = rehearse(config, plan, cap=int(case.cap_gb * 1e9))
+        measured = rehearse(config, plan.model_copy(update={"gpu_budget": int(case.cap_gb * 1e9)}))
         results.put({**measured.__dict__, "planned": plan.gpu_allocated, "terms": dict(plan.gpu_memory.items())})
     except TrainerError as error:
         results.put({"failed": str(error)})

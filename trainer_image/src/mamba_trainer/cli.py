@@ -84,6 +84,30 @@ def run(
 
 
 @app.command()
+def rehearse(
+    num_gpus: Annotated[int, _option("num-gpus", "GPUs of the machine that is rehearsed.")],
+    gpu_memory: Annotated[str, _option("gpu-memory", "Usable memory of each, as 24.5GB or 22.8GiB.")],
+    preset: Annotated[str | None, _option("preset", "7b_mamba, 3b_mamba, 1b_mamba or tiny.")] = None,
+    config: Annotated[Path | None, _option("config", "YAML file, as for `run`.")] = None,
+    settings: Annotated[list[str] | None, _option("set", "Any option, as GROUP.OPTION=VALUE (repeatable).")] = None,
+) -> None:
+    """Run one real rank of N under a memory cap, on one device: planned against measured peak memory."""
+    from mamba_trainer import summary
+    from mamba_trainer.console import out
+    from mamba_trainer.rehearse import machine, rehearse
+    from mamba_trainer.resolve import Request, resolve
+
+    resolved = resolve(
+        Request(
+            preset=preset, config=config, num_gpus=num_gpus, load_checkpoint="none", settings=settings or [],
+            hardware=machine(num_gpus, gpu_memory),
+        )
+    )  # fmt: skip
+    _print_plan(resolved)
+    out.print(summary.render_rehearsal(resolved.plan, rehearse(resolved.config, resolved.plan)))
+
+
+@app.command()
 def prepare(
     source: Annotated[
         str, typer.Argument(help="Text, .jsonl, .parquet, a folder, a saved HF dataset, or python-stdlib.")

@@ -11,13 +11,17 @@ import os
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from mamba_trainer import engine as engines
 from mamba_trainer.config import TrainerConfig
-from mamba_trainer.plan import TrainingPlan
+from mamba_trainer.contract import DeviceOutOfMemory, UserError
+from mamba_trainer.plan import Hardware, Term, TrainingPlan
+from mamba_trainer.plan.hardware import detect
 from mamba_trainer.schedule import learning_rate
 
 
@@ -32,19 +36,44 @@ class Rehearsal:
     losses: list[float]
 
 
-def rehearse(config: TrainerConfig, plan: TrainingPlan, cap: int | None = None, steps: int = 2) -> Rehearsal:
-    """Builds rank 0 of `plan.world_size` and takes `steps` optimizer steps on random tokens.
+def machine(gpus: int, gpu_memory: str) -> Hardware:
+    """A machine of `gpus` devices like the one at hand, each with `gpu_memory` usable bytes, as `24.5GB`.
 
-    Args:
-        cap: bytes that this rank may allocate on the device; None: what the device has.
+    Raises:
+        UserError: no size of memory.
+    """
+    try:
+        size = TypeAdapter(ByteSize).validate_python(gpu_memory)
+    except ValidationError:
+        raise UserError(f"--gpu-memory takes a size such as 24.5GB or 22.8GiB, not {gpu_memory!r}.") from None
+    here = detect(Path.cwd())
+    if not here.gpus:
+        return here.model_copy(update={"name": "CPU process", "host_bytes": None})
+    return here.model_copy(update={"gpus": gpus, "gpu_bytes": int(size), "name": f"a card of {gpu_memory}"})
+
+
+def rehearse(config: TrainerConfig, plan: TrainingPlan, steps: int = 2) -> Rehearsal:
+    """Builds rank 0 of `plan.world_size` and takes `steps` optimizer steps on random tokens, in what memory the
+    plan has, the CUDA context taken off.
 
     Must be called once, in a process of its own: the fake group and the cap stay.
+
+    Raises:
+        DeviceOutOfMemory: it does not fit.
     """
     _join_fake_world(plan.world_size)
     device = engines.local_device()
     on_gpu = device.type == "cuda"
-    if on_gpu and cap is not None:
-        _cap_memory(device, cap)
+    if on_gpu and plan.gpu_budget is not None:
+        _cap_memory(device, plan.gpu_budget - plan.gpu_memory[Term.CONTEXT])
+    try:
+        return _steps(config, plan, device, steps)
+    except torch.OutOfMemoryError as error:
+        raise DeviceOutOfMemory(f"It does not fit.\n{engines.memory_of_failure(error)}") from error
+
+
+def _steps(config: TrainerConfig, plan: TrainingPlan, device: torch.device, steps: int) -> Rehearsal:
+    on_gpu = device.type == "cuda"
     engine = engines.create(config, plan, device)
     after_start = torch.cuda.memory_allocated() if on_gpu else _resident()
     engine.deepspeed.train()
@@ -69,6 +98,8 @@ def rehearse(config: TrainerConfig, plan: TrainingPlan, cap: int | None = None, 
 
 
 def _join_fake_world(size: int) -> None:
+    # Else DeepSpeed looks for an accelerator itself and warns where it finds none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -15,6 +16,9 @@ from rich.text import Text
 from mamba_trainer.config import TrainerConfig
 from mamba_trainer.plan import Hardware, MemoryTable, Term, TrainingPlan, gigabytes
 
+if TYPE_CHECKING:
+    from mamba_trainer.rehearse import Rehearsal
+
 #: Width of the bar of a memory term.
 _BAR = 24
 
@@ -22,6 +26,21 @@ _BAR = 24
 def render(config: TrainerConfig, plan: TrainingPlan, hardware: Hardware) -> Group:
     """What a run is about to do: one screen of 80 columns."""
     return Group(_facts(config, plan, hardware), Text(), _memory(plan), *_reasons(plan))
+
+
+def render_rehearsal(plan: TrainingPlan, measured: Rehearsal) -> Group:
+    """What one real rank took, beside what was planned for it."""
+    peak, planned = measured.peak_allocated, plan.gpu_allocated
+    if plan.device == "cuda":
+        facts = [
+            f"Measured   {gigabytes(peak)} allocated at the peak, planned {gigabytes(planned)} ({peak / planned - 1:+.1%})",
+            f"Reserved   {gigabytes(measured.peak_reserved)} by PyTorch; {gigabytes(measured.after_start)} after the start",
+        ]
+    else:
+        facts = [f"Measured   {gigabytes(peak)} resident at the peak of this process"]
+    facts.append(f"Last step  {measured.step_seconds:.2f} s of compute; nothing was communicated")
+    lines = [Text(), *map(Text, facts)]
+    return Group(*lines)
 
 
 def to_text(renderable: RenderableType, *, width: int = 80) -> str:
