@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help run test faults generate verify lint fmt types clean
+.PHONY: help run test faults bench-train bench-memory generate verify lint fmt types clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -18,6 +18,12 @@ test: $(READY) ## All tests
 
 faults: $(READY) ## The long kill tests: 2,000 kills, counts add up over runs
 	@$(BIN)/python tests/faults/kill_harness.py --kills 2000 --engine-kills 200
+
+bench-train: $(READY) ## On a GPU: ours beside stock mamba_ssm (DATA=prepared dataset, PRESET=1b_mamba)
+	@$(BIN)/python tests/perf/train_vs_stock.py --preset $(or $(PRESET),1b_mamba) --data $(DATA) --out build/bench
+
+bench-memory: $(READY) ## On a GPU: planned against rehearsed memory of one rank of N
+	@$(BIN)/python tests/perf/memory_rehearsal.py --out build/bench
 
 generate: $(READY) ## Write the generated files
 	@$(BIN)/python -m mamba_trainer.reference > docs/configuration.md

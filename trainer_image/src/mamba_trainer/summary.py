@@ -32,9 +32,10 @@ def render_rehearsal(plan: TrainingPlan, measured: Rehearsal) -> Group:
     """What one real rank took, beside what was planned for it."""
     peak, planned = measured.peak_allocated, plan.gpu_allocated
     if plan.device == "cuda":
+        off, reserved = f"{peak / planned - 1:+.1%}", gigabytes(measured.peak_reserved)
         facts = [
-            f"Measured   {gigabytes(peak)} allocated at the peak, planned {gigabytes(planned)} ({peak / planned - 1:+.1%})",
-            f"Reserved   {gigabytes(measured.peak_reserved)} by PyTorch; {gigabytes(measured.after_start)} after the start",
+            f"Measured   {gigabytes(peak)} allocated at the peak, planned {gigabytes(planned)} ({off})",
+            f"Reserved   {reserved} by PyTorch; {gigabytes(measured.after_start)} allocated after the start",
         ]
     else:
         facts = [f"Measured   {gigabytes(peak)} resident at the peak of this process"]
