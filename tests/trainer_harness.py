@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def options(
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class QuickSpec(launch.LaunchSpec):
+    """Short times, as in the launcher's own tests."""
+
+    restart_policy: RestartPolicy = field(default_factory=lambda: RestartPolicy(first_delay_seconds=0.2))
+    limits: Limits = field(default_factory=lambda: Limits(**(QUICK | {"finish_grace": 60.0})))
+
+
 class Training:
     """A run in a process of its own, leader of its session as in a terminal.
 
@@ -110,11 +119,7 @@ class Training:
         output = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         _become_a_process(os.environ | environ | {"MAMBA_TERMINATION_LOG": str(self.log)}, output, output)
         os.chdir(self.folder)
-        launch.LaunchSpec = functools.partial(  # type: ignore[assignment,misc]
-            launch.LaunchSpec,
-            restart_policy=RestartPolicy(first_delay_seconds=0.2),
-            limits=Limits(**(QUICK | {"finish_grace": 60.0})),
-        )
+        launch.LaunchSpec = QuickSpec  # type: ignore[misc]
         real = subprocess.Popen
         subprocess.Popen = lambda command, **how: (  # type: ignore[assignment,misc]
             ForkedRank(command, before, **how) if "mamba_trainer.main" in command else real(command, **how)

@@ -217,4 +217,4 @@ def test_sigterm_while_the_ranks_import_ends_soon_with_nothing_started(tmp_path:
     assert not psutil.wait_procs(ranks, timeout=2)[1]
     assert checkpoints(tmp_path) == []
     text = (tmp_path / "output").read_text()
-    assert "Traceback" not in text and "Next start: from the beginning." in text
+    assert "Traceback" not in text and "Next start: from the newest checkpoint, if there is one." in text

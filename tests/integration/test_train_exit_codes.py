@@ -51,7 +51,7 @@ def test_out_of_device_memory_without_a_smaller_plan_ends_with_70_and_settings_t
     message = run.message()
     assert (message["reason"], message["exitCode"], message["rank"]) == ("OutOfMemory", 70, 1)
     assert "Tried to allocate 2.00 GiB" in message["message"]
-    assert "micro_batch_size" in message["message"] and "offload_optimizer" in message["message"]
+    assert "more GPUs, a higher stage or offload" in message["message"]
     assert "no smaller plan exists" in run.text()
     assert "Traceback" not in run.text()
 
@@ -85,6 +85,7 @@ def test_steps_that_stay_non_finite_end_with_71_and_say_so(
     assert run.text().count("SKIPPED (gradients not finite)") == 3
     assert [(row["loss"], row["applied"]) for row in steps(tmp_path)] == [(None, False)] * 3
     assert checkpoints(tmp_path) == []
+    assert "Next start: from the beginning." in run.text()
     assert "attempt 1" not in run.text() and "Traceback" not in run.text()
 
 

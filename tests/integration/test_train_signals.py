@@ -106,7 +106,7 @@ def test_a_stop_before_the_first_step_ends_soon_with_nothing_to_save(stop: str, 
     assert checkpoints(tmp_path) == []
     assert run.message()["reason"] == "SavedAndStopped"
     assert "before the first step: there is nothing to save" in run.text()
-    assert "Next start: from the beginning." in run.text()
+    assert "Next start: from the newest checkpoint, if there is one." in run.text()
     assert "Traceback" not in run.text()
 
 

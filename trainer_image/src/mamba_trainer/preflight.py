@@ -67,7 +67,10 @@ def _check_weights(config: TrainerConfig) -> None:
         return
     from mamba_trainer.convert.weights import open_folder
 
-    open_folder(config.checkpoint.initial_weights).only(config.model.parameter_shapes())
+    try:
+        open_folder(config.checkpoint.initial_weights).only(config.model.parameter_shapes())
+    except UserError as error:
+        raise UserError(f"{error}\nInitial weights are a folder that `mamba-train import` has written.") from None
 
 
 def _check_checkpoint(run: Run) -> None:

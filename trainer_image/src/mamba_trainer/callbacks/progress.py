@@ -37,7 +37,7 @@ class Progress(Callback):
             phase=Phase.TRAINING,
             step=trainer.step,
             max_steps=trainer.config.training.max_steps,
-            resumed_from_step=trainer.resumed_from,
+            resumed_from_step=trainer.resumed_from or 0,
         )
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:

@@ -101,7 +101,7 @@ class _Launcher:
         )
         decision = decide(self._history, outcome, now, self._spec.restart_policy)
         self._history.append(AttemptRecord(outcome, now))
-        start = _next_start(outcome)
+        start = _next_start(self._history)
         if isinstance(decision, Stop):
             say(f"{decision.reason}: {decision.message} {start}".rstrip())
         else:
@@ -117,11 +117,15 @@ class _Launcher:
         return self._inbox.stop_requested
 
 
-def _next_start(outcome: Outcome) -> str:
-    if outcome.cause is Cause.DONE:
+def _next_start(history: Sequence[AttemptRecord]) -> str:
+    """An attempt that ended early did not learn what the directory holds; the one before it may have."""
+    if history[-1].outcome.cause is Cause.DONE:
         return ""
-    step = max(outcome.last_checkpoint_step or 0, outcome.resumed_from_step or 0)
-    return f"Next start: step {step}." if step else "Next start: from the beginning."
+    for outcome in (record.outcome for record in reversed(history)):
+        known = [s for s in (outcome.last_checkpoint_step, outcome.resumed_from_step) if s is not None]
+        if known:
+            return f"Next start: step {max(known)}." if max(known) else "Next start: from the beginning."
+    return "Next start: from the newest checkpoint, if there is one."
 
 
 @contextmanager
