@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from mamba_trainer import launch, preflight, sample
-from mamba_trainer.contract import ExitCode
+from mamba_trainer.checkpoint import fence
+from mamba_trainer.contract import Env, ExitCode
 from mamba_trainer.data.tokenfile import read_meta
 from mamba_trainer.data.tokenizer import ByteTokenizer
 from mamba_trainer.plan import smaller_plan
@@ -34,6 +35,7 @@ def start(run: Run, port: int | None = None) -> int:
             nproc_per_node=run.plan.ranks_per_node,
             master_port=port,
             supervise=True,
+            attempt=_first_attempt(run),
             status_port=run.config.reporting.status_port,
             on_replan=files.replan,
         )
@@ -56,6 +58,8 @@ def load_as_rank(run: Run) -> Run:
         while read_meta(directory) is None and time.monotonic() < deadline:
             time.sleep(0.2)
     run = with_data(run)
+    # Read before the ranks meet, so that all of them count alike; rank 0 writes the fence after that.
+    os.environ.setdefault(Env.ATTEMPT, str(_first_attempt(run)))
     if os.environ["RANK"] == "0":
         check_output(run)
         run.write(run.config.checkpoint.directory / "run.json")
@@ -88,6 +92,12 @@ def prepare_builtin(name: str, vocab_size: int) -> Path:
 
 def builtin_directory(name: str, vocab_size: int) -> Path:
     return Path("data") / f"{name}-{vocab_size}"
+
+
+def _first_attempt(run: Run) -> int:
+    """Where the last run in this folder ended counting: its fence stops a lower number as a leftover of the past."""
+    owner = fence.read(run.config.checkpoint.directory)
+    return 0 if owner is None else owner.attempt
 
 
 class _RunFiles:
