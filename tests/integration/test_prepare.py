@@ -111,7 +111,7 @@ def test_preparing_again_returns_at_once_even_where_nothing_can_be_written(corpu
         (lambda corpus: {"tokenizer": "bpe:600"}, r"tokenizer: byte \(asked for: bpe:600\)"),
         (lambda corpus: {"validation_fraction": 0.5}, r"validation_fraction: 0.01 \(asked for: 0.5\)"),
         (lambda corpus: {"include": ["*.py"]}, "include"),
-        (lambda corpus: (corpus / "new.py").write_text("x") and {}, "source_sha256"),
+        (lambda corpus: (corpus / "new.py").write_text("x") and {}, "source: .* as it was then, not .* as it is now"),
     ],
 )
 def test_a_dataset_of_other_parameters_is_kept_and_the_difference_named(corpus, tmp_path, change, message):
@@ -122,6 +122,19 @@ def test_a_dataset_of_other_parameters_is_kept_and_the_difference_named(corpus, 
         prepare(corpus, out, **change(corpus))
     assert f"rm -r {out}" in str(refusal.value)
     assert content(out) == before
+
+
+def test_tokens_inside_their_own_source_are_not_read_as_text(corpus, tmp_path):
+    written = prepare(corpus, corpus / "tokens")
+    assert prepare(corpus, corpus / "tokens") == written
+    assert prepare(corpus, tmp_path / "elsewhere").splits == written.splits
+
+
+def test_a_source_is_not_its_own_output(corpus):
+    before = sorted(corpus.iterdir())
+    with pytest.raises(UserError, match="is the source itself: name another directory"):
+        prepare(corpus, corpus)
+    assert sorted(corpus.iterdir()) == before
 
 
 def test_token_files_of_another_program_are_not_overwritten(corpus, tmp_path):
@@ -139,6 +152,8 @@ def test_token_files_of_another_program_are_not_overwritten(corpus, tmp_path):
         ({"workers": 0}, "at least one worker"),
         ({"tokenizer": "bpe:200"}, "from 257 to"),
         ({"tokenizer": "nowhere"}, "no tokenizer at"),
+        ({"eot_token": "<eos>"}, "byte has an end-of-text token of its own"),
+        ({"tokenizer": "bpe:300", "eot_token": "<eos>"}, "bpe:300 has an end-of-text token of its own"),
         ({"include": ["*.rs"]}, r"holds no text in files that match \*.rs"),
     ],
 )
@@ -154,7 +169,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(corpus, tmp_path, 
         (
             b"one document",
             0.01,
-            "none of the 1 documents .* the validation split .*: choose 0.5, or 0 for none",
+            "none of the 1 documents .* the validation split .*: hold none out with --validation-fraction 0",
         ),
         ("à la carte".encode("latin-1"), 0, r"holds no UTF-8 text \(documents skipped: 1\)"),
     ],

@@ -142,6 +142,7 @@ def write_bad_sources(folder):
     (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (folder / "list.jsonl").write_text("[1]\n")
     (folder / "other.jsonl").write_text('{"content": "x", "id": 1}\n')
+    (folder / "number.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
     (folder / "broken.parquet").write_text("PAR1 not really")
     pq.write_table(pa.table({"content": ["x"], "id": [1]}), folder / "other.parquet")
     datasets.Dataset.from_dict({"content": ["x"]}).save_to_disk(folder / "saved")
@@ -157,6 +158,7 @@ def write_bad_sources(folder):
         ("broken.jsonl", "byte 17: not a JSON record"),
         ("list.jsonl", "it has: list"),
         ("other.jsonl", r"no text in field 'text' \(it has: content, id\)"),
+        ("number.jsonl", "byte 17: field 'text' holds 5, no text"),
         ("broken.parquet", "not a parquet file"),
         ("other.parquet", "its text columns are: content\n"),
         ("saved", "its text columns are: content\n"),

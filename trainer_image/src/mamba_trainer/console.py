@@ -43,5 +43,6 @@ def prepare_with_progress(
     out.print(
         f"data: {out_dir}  {meta.tokens:,} tokens of {meta.documents:,} documents, "
         f"tokenizer {meta.tokenizer.name} ({meta.tokenizer.vocab_size:,})"
+        + (f"; {meta.skipped_documents:,} skipped: not UTF-8" if meta.skipped_documents else "")
     )
     return meta

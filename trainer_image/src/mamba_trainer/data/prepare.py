@@ -60,6 +60,8 @@ def prepare(
         raise UserError(f"the validation fraction must be at least 0 and below 1, not {validation_fraction}")
     if workers is not None and workers < 1:
         raise UserError(f"at least one worker is needed, not {workers}")
+    if out_dir.resolve() == Path(source).resolve():
+        raise UserError(f"{out_dir} is the source itself: name another directory for the tokens")
     choice = choose_tokenizer(str(tokenizer), eot_token)
     opened = open_source(source, text_field=text_field, include=include)
     parameters = Parameters(
@@ -133,12 +135,17 @@ def _refuse_empty_splits(written: dict[Split, SplitMeta], parameters: Parameters
         raise UserError(f"{parameters.source} holds no UTF-8 text (documents skipped: {skipped})")
     for name, split in written.items():
         if not split.documents:
-            # Five documents are expected to fall into the split, so that none is rare.
-            enough = min(0.5, 5 / documents)
             raise UserError(
                 f"none of the {documents} documents of {parameters.source} fell into the {name} split with a "
-                f"validation fraction of {parameters.validation_fraction}: choose {enough:.2g}, or 0 for none"
+                f"validation fraction of {parameters.validation_fraction}: {_better_fraction(documents)}"
             )
+
+
+def _better_fraction(documents: int) -> str:
+    if documents == 1:
+        return "hold none out with --validation-fraction 0"
+    # Five documents are expected to fall into the split, so that none is rare.
+    return f"choose --validation-fraction {min(0.5, 5 / documents):.2g}, or 0 for none"
 
 
 def _least_bytes(source: Source, tokenizer: Tokenizer, dtype: str) -> int:

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 from mamba_trainer.contract import UserError
+from mamba_trainer.data.output import LOCK_FILE
 from mamba_trainer.data.units import (
     Block,
     JsonLinesUnit,
@@ -95,8 +96,11 @@ def _standard_library() -> Source:
 
 
 def _walk(root: Path, include: Sequence[str]) -> Iterator[_File]:
-    """Regular files in a fixed order; hidden and installed ones are never meant."""
+    """Regular files in a fixed order; hidden and installed ones are never meant, nor tokens prepared before."""
     for folder, folders, names in os.walk(root):
+        if LOCK_FILE in names and Path(folder) != root:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NOT_SOURCE)
         for name in sorted(names):
             path = Path(folder, name)

@@ -61,7 +61,13 @@ class Parameters(_Record):
     def difference(self, wanted: Parameters) -> list[str]:
         """One line for each parameter that differs."""
         ours, theirs = self.model_dump(exclude={"source"}), wanted.model_dump(exclude={"source"})
-        return [f"{name}: {ours[name]} (asked for: {theirs[name]})" for name in ours if ours[name] != theirs[name]]
+        if ours.pop("source_sha256") != theirs.pop("source_sha256"):
+            changed = [f"source: {self.source} as it was then, not {wanted.source} as it is now"]
+        else:
+            changed = []
+        return changed + [
+            f"{name}: {ours[name]} (asked for: {theirs[name]})" for name in ours if ours[name] != theirs[name]
+        ]
 
 
 class Meta(_Record):

@@ -33,7 +33,10 @@ class TokenizerChoice:
 
 def choose_tokenizer(spec: str, eot_token: str | None) -> TokenizerChoice:
     """`bpe:N` for one trained on the source; all else is for `load_tokenizer`."""
-    if match := re.fullmatch(r"bpe:(\d+)", spec):
+    match = re.fullmatch(r"bpe:(\d+)", spec)
+    if eot_token is not None and (match or spec == "byte"):
+        raise UserError(f"the tokenizer {spec} has an end-of-text token of its own: leave --eot-token out")
+    if match:
         return _trained(int(match[1]))
     tokenizer = load_tokenizer(spec, eot_token)
     record = tokenizer.record()

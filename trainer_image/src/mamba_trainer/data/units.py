@@ -89,16 +89,16 @@ class JsonLinesUnit:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{self.path}, byte {at:,}: not a JSON record ({error}): {line[:60]!r}") from error
-        text = record.get(self.field) if isinstance(record, dict) else None
-        if isinstance(record, dict) and self.field in record and text is None:
-            return b""
-        if not isinstance(text, str):
+        if not isinstance(record, dict) or self.field not in record:
             has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(
                 f"{self.path}, byte {at:,}: the record has no text in field {self.field!r} (it has: {has})\n"
                 "Name the field that holds the text with --text-field."
             )
-        return text.encode(errors="surrogatepass")
+        text = record[self.field]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{self.path}, byte {at:,}: field {self.field!r} holds {json.dumps(text)[:40]}, no text")
+        return (text or "").encode(errors="surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
