@@ -89,6 +89,12 @@ def test_plan_and_deepspeed_agree_on_the_precision(
         assert built(run)["fp16"]["initial_scale_power"] == 12
 
 
+def test_offload_that_is_null_is_none_in_plan_and_deepspeed(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"zero_optimization": {"stage": 3, "offload_optimizer": None}})
+    assert run.plan.offload_optimizer == "none"
+    assert "offload_optimizer" not in built(run)["zero_optimization"]
+
+
 def test_16_bit_masters_are_translated(tmp_path: Path) -> None:
     user = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 2}}
     assert run_of(tmp_path, user).config.parallelism.master_dtype == "bf16"
@@ -111,6 +117,7 @@ def test_the_guides_activation_checkpointing_becomes_our_recompute(tmp_path: Pat
         ({"contiguous_memory_optimization": True}, "contiguous_memory_optimization"),
         ({"number_checkpoints": 0}, "number_checkpoints"),
         ({"number_checkpoints": "four"}, "number_checkpoints"),
+        ({"number_checkpoints": True}, "number_checkpoints"),
     ],
 )
 def test_other_activation_checkpointing_is_refused(section: dict[str, Any], named_key: str, tmp_path: Path) -> None:
@@ -161,6 +168,12 @@ REFUSED: dict[str, tuple[object, tuple[str, ...]]] = {
     "offload to nvme": (
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ("offload_param", "nvme", "cpu"),
     ),
+    "the old name of bf16": ({"bfloat16": {"enabled": True}}, ("bfloat16", "bf16")),
+    "a precision beside ours": ({"torch_autocast": {"enabled": True}}, ("torch_autocast", "parallelism.precision")),
+    "sequence parallelism": ({"sequence_parallel_size": 2}, ("sequence_parallel_size", "not built yet")),
+    "a switch that is a text": ({"bf16": {"enabled": "false"}}, ("bf16.enabled", "true or false", "'false'")),
+    "a monitor that is a switch": ({"tensorboard": True}, ("tensorboard", "dictionary")),
+    "a monitor's path that is a number": ({"csv_monitor": {"output_path": 5}}, ("csv_monitor.output_path", "string")),
     "both 16-bit types": ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ("both bf16 and fp16",)),
     "a section that is none": ({"fp16": True}, ("fp16", "must be an object", "true")),
     "ZeRO as a number": ({"zero_optimization": 2}, ("zero_optimization", "must be an object")),

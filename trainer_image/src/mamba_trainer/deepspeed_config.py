@@ -30,6 +30,9 @@ _OWNED = {
     "scheduler": "set training.schedule, warmup_steps and learning_rate",
     "pipeline": "pipeline parallelism is not built yet: use ZeRO-3",
     "tensor_parallel": "tensor parallelism is not built yet: use ZeRO-3",
+    "sequence_parallel_size": "sequence parallelism is not built yet: leave it out",
+    "torch_autocast": "set parallelism.precision",
+    "bfloat16": "its name is bf16 now",
     "zero_allow_untested_optimizer": "leave it out",
     "zero_optimization.cpu_offload": "set offload_optimizer.device to cpu",
     "zero_optimization.cpu_offload_params": "set offload_param.device to cpu",
@@ -47,6 +50,9 @@ _TRAINING_KEYS = {
 
 #: Their name of a kind of offload, and ours.
 _OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
+
+#: Sections that go to DeepSpeed's monitors as they are.
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 #: Sections that we read.
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "activation_checkpointing")
@@ -145,7 +151,10 @@ def adopt_user_settings(raw: Mapping[str, Any], user: Mapping[str, Any]) -> dict
     if "stage" in zero:
         parallelism["zero_stage"] = zero.pop("stage")
     for theirs, ours in _OFFLOADS.items():
-        if (device := zero.get(theirs, {}).get("device")) is not None:
+        if zero.get(theirs, ...) is None:
+            del zero[theirs]
+            parallelism[ours] = "none"
+        elif (device := zero.get(theirs, {}).get("device")) is not None:
             parallelism[ours] = device
     training |= _recompute(sections.pop("activation_checkpointing"), raw)
     kept = user | {name: section for name, section in sections.items() if section}
@@ -177,9 +186,12 @@ def _refuse(user: Mapping[str, Any]) -> None:
     for name in _SECTIONS:
         if not isinstance(user.get(name, {}), Mapping):
             raise UserError(f"{name} of the DeepSpeed configuration must be an object, not {json.dumps(user[name])}.")
+        enabled = user.get(name, {}).get("enabled", True)
+        if not isinstance(enabled, bool):  # any text would count as true, "false" too
+            raise UserError(f"{name}.enabled of the DeepSpeed configuration must be true or false, not {enabled!r}.")
     wrong = [f"  {key}: {reason}" for key, reason in _OWNED.items() if _holds(user, key)]
     wrong += [f"  {key}: {reason}" for key, reason in _removed_from_deepspeed() if _holds(user, key)]
-    wrong += _not_zero_options(user.get("zero_optimization", {})) if not wrong else []
+    wrong += [*_not_zero_options(user.get("zero_optimization", {})), *_not_monitors(user)] if not wrong else []
     if wrong:
         raise UserError("\n".join(["These keys of the DeepSpeed configuration cannot be used:", *wrong]))
 
@@ -198,15 +210,25 @@ def _removed_from_deepspeed() -> Iterator[tuple[str, str]]:
 
 
 def _not_zero_options(zero: Mapping[str, Any]) -> list[str]:
+    if wrong := _not_accepted("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig", zero):
+        return [f"  zero_optimization.{line}" for line in wrong]
+    nvme = "offload to nvme is not supported: use cpu, or leave it out"
+    devices = {key: (zero.get(key) or {}).get("device") for key in _OFFLOADS}
+    return [f"  zero_optimization.{key}.device: {nvme}" for key, device in devices.items() if device == "nvme"]
+
+
+def _not_monitors(user: Mapping[str, Any]) -> list[str]:
+    sections = {name: user[name] for name in _MONITORS if name in user}
+    return [f"  {line}" for line in _not_accepted("deepspeed.monitor.config", "DeepSpeedMonitorConfig", sections)]
+
+
+def _not_accepted(module: str, model: str, section: Mapping[str, Any]) -> list[str]:
     """What DeepSpeed would refuse in every rank."""
     try:
-        _import_deepspeed("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**zero)
+        getattr(_import_deepspeed(module), model)(**section)
     except ValidationError as error:
-        errors = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
-        return [f"  zero_optimization.{key}: {message}" for key, message in errors]
-    devices = {key: zero.get(key, {}).get("device") for key in _OFFLOADS}
-    nvme = "offload to nvme is not supported: use cpu, or leave it out"
-    return [f"  zero_optimization.{key}.device: {nvme}" for key, device in devices.items() if device == "nvme"]
+        return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+    return []
 
 
 def _import_deepspeed(name: str) -> ModuleType:
@@ -229,7 +251,7 @@ def _recompute(section: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, 
     layers = raw.get("model", {}).get("n_layer", raw.get("model", {}).get("n_layers"))
     if count is None or layers is None:
         return {}
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise UserError(f"activation_checkpointing.number_checkpoints must be a positive whole number, not {count!r}.")
     return {"recompute": math.ceil(layers / count)}
 
