@@ -177,3 +177,10 @@ def test_a_configuration_survives_json() -> None:
     config = parse_config({"preset": "3b_mamba", "parallelism": {"num_gpus": 4, "precision": "bf16"}})
     assert parse_config(json.loads(config.model_dump_json())) == config
     assert config.parallelism.precision is Precision.BF16
+
+
+def test_a_preset_cut_to_a_few_steps_warms_up_for_a_tenth_of_them_unless_told_otherwise() -> None:
+    assert parse_config({"preset": "tiny", "training": {"max_steps": 10}}).training.warmup_steps == 1
+    assert parse_config({"preset": "tiny", "training": {"max_steps": 400}}).training.warmup_steps == 20
+    with pytest.raises(UserError, match=r"warmup_steps \(15\)"):
+        parse_config({"preset": "tiny", "training": {"max_steps": 10, "warmup_steps": 15}})

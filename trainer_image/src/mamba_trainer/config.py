@@ -334,9 +334,19 @@ def parse_config(raw: Mapping[str, Any]) -> TrainerConfig:
     name = raw.get("preset")
     base = presets.get(name) if isinstance(name, str) else {}
     try:
-        return TrainerConfig.model_validate(lay_over(base, raw))
+        return TrainerConfig.model_validate(_with_shorter_warmup(lay_over(base, raw), raw))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+
+
+def _with_shorter_warmup(merged: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's warm-up is for its own length: a run cut to a few steps takes a tenth of them instead."""
+    chosen, training = given.get("training"), merged.get("training")
+    if isinstance(chosen, Mapping) and "warmup_steps" not in chosen and isinstance(training, Mapping):
+        steps, warmup = training.get("max_steps"), training.get("warmup_steps")
+        if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps < warmup:
+            return merge(merged, {"training": {"warmup_steps": steps // 10}})
+    return merged
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mamba_trainer.data.order import SampleOrder
 from mamba_trainer.engine import Engine
 from mamba_trainer.plan import TrainingPlan
 from mamba_trainer.schedule import learning_rate
-from mamba_trainer.stop import StopRequest as StopRequest
+from mamba_trainer.stop import StopRequest
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,20 @@ def check_data(config: TrainerConfig) -> str | None:
     return check_vocabulary(training, config.model.vocab_size)
 
 
+def require_fresh_folder(config: TrainerConfig) -> None:
+    """
+    Raises:
+        UserError: a run that is to start afresh would find checkpoints of another one.
+    """
+    from mamba_trainer.checkpoint.commit import candidates
+
+    if candidates(config.checkpoint.directory):
+        raise UserError(
+            f"{config.checkpoint.directory} holds checkpoints, and load is none: a fresh start would mix two runs. "
+            "Choose another folder with --checkpoint_dir, or resume with --load_checkpoint auto."
+        )
+
+
 def _check_scan(run: Run) -> None:
     name = run.config.training.scan_backend
     if name == "auto":
@@ -77,12 +91,13 @@ def _check_checkpoint(run: Run) -> None:
     """Reads manifests only: ranks verify the files, and set aside what is damaged."""
     wanted = run.config.checkpoint.load
     if wanted == "none":
+        require_fresh_folder(run.config)
         return
     from mamba_trainer.checkpoint import resume
     from mamba_trainer.checkpoint.commit import candidates
     from mamba_trainer.checkpoint.verify import BadCheckpoint, read_manifest
 
-    facts = resume.RunFacts(run.plan.world_size, run.plan.zero_stage, run.config.fingerprint())
+    facts = resume.RunFacts(run.plan.world_size, run.plan.zero_stage, run.config.fingerprint(), run.shard_layout())
     if wanted != "auto" and not Path(wanted).is_dir():
         raise UserError(f"There is no checkpoint {wanted}.")
     for folder in candidates(run.config.checkpoint.directory) if wanted == "auto" else [Path(wanted)]:

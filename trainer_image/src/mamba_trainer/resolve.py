@@ -19,7 +19,7 @@ from mamba_trainer.checkpoint.verify import BadCheckpoint, read_manifest
 from mamba_trainer.config import TrainerConfig, lay_over, merge, parse_config, read_yaml
 from mamba_trainer.contract import UserError
 from mamba_trainer.plan import Hardware, MemoryTable, memory_table, plan_training
-from mamba_trainer.plan.hardware import detect
+from mamba_trainer.plan.hardware import detect, free_disk
 from mamba_trainer.run import Run
 
 DEFAULT_PRESET = "7b_mamba"
@@ -73,7 +73,10 @@ def _configure(request: Request) -> tuple[TrainerConfig, Hardware]:
     if user:
         raw.pop("deepspeed", None)
         raw = deepspeed_config.adopt_user_settings(lay_over(_preset_of(raw), raw), user)
-    return _as_checkpointed(parse_config(raw)), hardware
+    config = parse_config(raw)
+    if request.hardware is None:
+        hardware = hardware.model_copy(update={"disk_bytes": free_disk(config.checkpoint.directory)})
+    return _as_checkpointed(config), hardware
 
 
 def _as_checkpointed(config: TrainerConfig) -> TrainerConfig:

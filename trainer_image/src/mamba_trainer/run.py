@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,6 +23,15 @@ class Run(BaseModel):
     config: TrainerConfig
     plan: TrainingPlan
     hardware: Hardware
+
+    def shard_layout(self) -> dict[str, Any]:
+        """What decides how DeepSpeed cuts a state into shards, beyond world size and ZeRO stage."""
+        return {
+            "precision": self.plan.precision.value,
+            "masterDtype": self.config.parallelism.master_dtype,
+            "parameterGroupElements": self.plan.sizes.param_group_elements,
+            "subGroupElements": self.plan.sizes.sub_group_elements,
+        }
 
     def write(self, path: Path) -> None:
         """Atomically: a rank must never read half a file."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -14,14 +13,15 @@ from mamba_trainer.callbacks.evaluate import Evaluate
 from mamba_trainer.callbacks.profiler import Profile
 from mamba_trainer.callbacks.progress import Progress
 from mamba_trainer.callbacks.stability import Stability
-from mamba_trainer.checkpoint.commit import candidates
 from mamba_trainer.checkpoint.manager import CheckpointManager
 from mamba_trainer.config import TrainerConfig
 from mamba_trainer.contract import Env, Phase, UserError
 from mamba_trainer.data.dataset import check_vocabulary, open_datasets
-from mamba_trainer.loop import Callback, StopRequest, Trainer
+from mamba_trainer.loop import Callback, Trainer
+from mamba_trainer.preflight import require_fresh_folder
 from mamba_trainer.report import RankReporter
 from mamba_trainer.run import Run
+from mamba_trainer.stop import StopRequest
 
 
 def train(run: Run, reporter: RankReporter, stop: StopRequest) -> None:
@@ -51,7 +51,7 @@ def train(run: Run, reporter: RankReporter, stop: StopRequest) -> None:
         config_hash=config.fingerprint(),
         log=lambda message: print(message, flush=True),
         expected_bytes=plan.checkpoint_bytes,
-        shard_layout=_shard_layout(run),
+        shard_layout=run.shard_layout(),
         model=config.model.model_dump(mode="json"),
     )
     callbacks: list[Callback] = [
@@ -77,11 +77,7 @@ def _resume(config: TrainerConfig, manager: CheckpointManager, trainer: Trainer,
     """Brings the trainer to its newest checkpoint; False: the run was complete already."""
     wanted = config.checkpoint.load
     if wanted == "none" and _attempt() == 0:
-        if candidates(config.checkpoint.directory):
-            raise UserError(
-                f"{config.checkpoint.directory} holds checkpoints, and load is none: a fresh start would mix two runs. "
-                "Choose another folder with --checkpoint_dir, or resume with --load_checkpoint auto."
-            )
+        require_fresh_folder(config)
         return True
     state = manager.resume("auto" if wanted in ("auto", "none") else Path(wanted))
     reporter.update(quarantined_checkpoints=manager.quarantined, resumed_from_step=0)
@@ -96,17 +92,6 @@ def _resume(config: TrainerConfig, manager: CheckpointManager, trainer: Trainer,
     trainer.samples = state.data_position
     _say(f"resumed from {state.path} at step {state.step}")
     return True
-
-
-def _shard_layout(run: Run) -> dict[str, Any]:
-    """What decides how DeepSpeed cuts a state into shards, beyond world size and ZeRO stage."""
-    plan = run.plan
-    return {
-        "precision": plan.precision.value,
-        "masterDtype": run.config.parallelism.master_dtype,
-        "parameterGroupElements": plan.sizes.param_group_elements,
-        "subGroupElements": plan.sizes.sub_group_elements,
-    }
 
 
 def _attempt() -> int:

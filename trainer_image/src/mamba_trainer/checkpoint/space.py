@@ -33,7 +33,8 @@ def check_directory(directory: Path, needed_bytes: int) -> None:
 def shortage(directory: Path, needed_bytes: int) -> str | None:
     """What to tell a person when `needed_bytes` do not fit, else None."""
     free = shutil.disk_usage(directory).free
-    if needed_bytes + _SLACK_BYTES <= free:
+    needed_bytes += _SLACK_BYTES
+    if needed_bytes <= free:
         return None
     return (
         f"A checkpoint needs {size_text(needed_bytes)}, and {directory} has {size_text(free)} free. "

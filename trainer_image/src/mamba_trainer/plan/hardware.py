@@ -39,7 +39,7 @@ def detect(checkpoint_directory: Path, nodes: int = 1) -> Hardware:
         gpus=0,
         nodes=nodes,
         host_bytes=_host_bytes(),
-        disk_bytes=_free_disk(checkpoint_directory),
+        disk_bytes=free_disk(checkpoint_directory),
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         precisions=_cpu_precisions() if not gpus else ALL_PRECISIONS,
         fused_scan=False,
@@ -150,7 +150,7 @@ def _left_in_container() -> int | None:
         return None
 
 
-def _free_disk(directory: Path) -> int | None:
+def free_disk(directory: Path) -> int | None:
     """Free space where `directory` is or will be made."""
     directory = directory.absolute()
     existing = next((path for path in (directory, *directory.parents) if path.exists()), None)
