@@ -48,7 +48,7 @@ def run(
         Path | None, _option("deepspeed-config", "Your own DeepSpeed JSON, merged over the generated one.")
     ] = None,
     max_steps: Annotated[int | None, _option("max-steps", "Optimizer steps.")] = None,
-    port: Annotated[int | None, _option("port", "Rendezvous port; a busy one is replaced.")] = None,
+    port: Annotated[int | None, _option("port", "Rendezvous port; a busy one is replaced.", min=1, max=65_535)] = None,
     profile: Annotated[int | None, _option("profile", "Trace this many steps with torch.profiler.")] = None,
     settings: Annotated[list[str] | None, _option("set", "Any option, as GROUP.OPTION=VALUE (repeatable).")] = None,
     dry_run: Annotated[bool, _option("dry-run", "Check everything and print the plan; train nothing.")] = False,
@@ -165,11 +165,11 @@ def generate(
     model: Annotated[Path, typer.Argument(help="A checkpoint (step_N, final), or an exported folder.")],
     prompt: Annotated[str, _option("prompt", "Text to continue.")] = "def ",
     data: Annotated[Path | None, _option("data", "Prepared dataset, for its tokenizer.")] = None,
-    max_new_tokens: Annotated[int, _option("max-new-tokens", "Tokens to add (200).")] = 200,
-    temperature: Annotated[float, _option("temperature", "0 takes the likeliest (0.8).")] = 0.8,
-    top_k: Annotated[int, _option("top-k", "Choose among the k likeliest; 0: all (50).")] = 50,
-    top_p: Annotated[float, _option("top-p", "Choose within this probability mass (1).")] = 1.0,
-    seed: Annotated[int, _option("seed", "Seed of the choice.")] = 0,
+    max_new_tokens: Annotated[int, _option("max-new-tokens", "Tokens to add (200).", min=0)] = 200,
+    temperature: Annotated[float, _option("temperature", "0 takes the likeliest (0.8).", min=0)] = 0.8,
+    top_k: Annotated[int, _option("top-k", "Choose among the k likeliest; 0: all (50).", min=0)] = 50,
+    top_p: Annotated[float, _option("top-p", "Choose within this probability mass (1).", min=0, max=1)] = 1.0,
+    seed: Annotated[int, _option("seed", "Seed of the choice.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Continue a text, with the recurrent step: constant time and memory per token."""
     from mamba_trainer.sample import stream_text
@@ -204,8 +204,8 @@ def pod() -> None:
 
 
 def _started_as_rank() -> bool:
-    """By `deepspeed` or `torchrun`."""
-    return "RANK" in os.environ and Env.CONFIG not in os.environ
+    """By `deepspeed` or `torchrun`, which set all of these: a single one is a leftover in somebody's shell."""
+    return os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} and Env.CONFIG not in os.environ
 
 
 def _named(gpu: str | None, num_gpus: int | None) -> Any:
@@ -261,7 +261,7 @@ def _run(arguments: Sequence[str] | None, name: str) -> NoReturn:
     try:
         app(arguments, prog_name=name)
     except TrainerError as error:
-        if os.environ.get("RANK", "0") == "0":  # the same mistake is not told by every rank
+        if not _started_as_rank() or os.environ["RANK"] == "0":  # the same mistake is not told by every rank
             print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as error:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamba_trainer.contract import UserError
 from mamba_trainer.run import Run
+
+if TYPE_CHECKING:
+    from mamba_trainer.data.tokenfile import Meta
 
 #: Tokens whose pairs are counted in a few seconds.
 _QUICK_TOKENS = 100_000_000
@@ -34,6 +38,10 @@ def stream_text(
     from mamba_trainer.generate import generate, load_for_generation
 
     tokenizer: Tokenizer = _tokenizer(model, data)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("The prompt is not valid UTF-8.") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_for_generation(model, device, torch.float32)
     (ids,) = tokenizer.encode_batch([prompt])
@@ -58,40 +66,48 @@ def _tokenizer(model: Path, data: Path | None):  # type: ignore[no-untyped-def]
         return load_tokenizer(model / "tokenizer.json")
     if data is None and (run_file := model.parent / "run.json").is_file():
         data = Run.read(run_file).config.data.path
-    meta = read_meta(data) if data is not None else None
-    if data is None or meta is None:
-        raise UserError(f"There is no tokenizer beside {model}: name the prepared dataset with --data.")
+    if data is None:
+        raise UserError(
+            f"There is no tokenizer beside {model}: name a checkpoint (step_N, final) or an exported folder, "
+            "and the prepared dataset with --data."
+        )
+    if (meta := read_meta(data)) is None:
+        raise UserError(f"{data} is not a prepared dataset: name the one of this model with --data.")
     return open_tokenizer(data, meta.tokenizer)
 
 
 def print_ending(run: Run) -> None:
-    """A sample, and where everything is."""
-    directory = run.config.checkpoint.directory
+    """A sample, where the data have a tokenizer (Megatron files record none), and where everything is."""
+    from mamba_trainer.data.tokenfile import read_meta
+
+    directory, data = run.config.checkpoint.directory, run.config.data.path
     final = directory / "final"
     if not final.is_dir():
         return
-    print("\nThe model continues `def `:\n")
-    for piece in stream_text(
-        final, "def ", data=run.config.data.path, max_new_tokens=120, temperature=0.8, top_k=50, top_p=1.0, seed=0
-    ):
-        print(piece, end="", flush=True)
-    _print_baseline(run)
+    if data is not None and (meta := read_meta(data)) is not None:
+        _print_sample(final, data)
+        _print_baseline(data, meta)
     print(
-        f"\n\ncheckpoints: {directory}/ (verified: `mamba-train verify {directory}`)\n"
-        f"data:        {run.config.data.path}\n"
+        f"\ncheckpoints: {directory}/ (verified: `mamba-train verify {directory}`)\n"
+        f"data:        {data}\n"
         f"export:      mamba-train export {final} exported-model --format hf\n"
         f"generate:    mamba-train generate {final} --prompt 'class '"
     )
 
 
-def _print_baseline(run: Run) -> None:
+def _print_sample(final: Path, data: Path) -> None:
+    print("\nThe model continues `def `:\n")
+    for piece in stream_text(
+        final, "def ", data=data, max_new_tokens=120, temperature=0.8, top_k=50, top_p=1.0, seed=0
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _print_baseline(data: Path, meta: Meta) -> None:
     """What the held-out bits per byte are worth: a bigram model of the same tokens, where counting them is quick."""
     from mamba_trainer.data.bigram import bigram_bits_per_byte
-    from mamba_trainer.data.tokenfile import read_meta
 
-    path = run.config.data.path
-    meta = read_meta(path) if path is not None else None
-    if path is None or meta is None or "validation" not in meta.splits or meta.tokens > _QUICK_TOKENS:
-        return
-    bits = bigram_bits_per_byte(path).tokens
-    print(f"\n\nfor comparison: a bigram model of the same tokens has {bits:.4f} bits per byte", end="")
+    if "validation" in meta.splits and meta.tokens <= _QUICK_TOKENS:
+        bits = bigram_bits_per_byte(data).tokens
+        print(f"\nfor comparison: a bigram model of the same tokens has {bits:.4f} bits per byte")

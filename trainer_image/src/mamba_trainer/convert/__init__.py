@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mamba_trainer.checkpoint.commit import candidates
 from mamba_trainer.config import ModelConfig, Precision
 from mamba_trainer.contract import UserError
 from mamba_trainer.convert import formats
@@ -68,6 +69,8 @@ def open_model(source: Path) -> tuple[ModelConfig, Weights]:
         raise UserError(f"There is no folder {source}: name a checkpoint (step_N, final) or a folder of weights.")
     if is_training_checkpoint(source):
         config, weights = open_training_checkpoint(source)
+    elif inside := candidates(source):
+        raise UserError(f"{source} holds checkpoints, and is none itself: name one of them, for example {inside[0]}.")
     else:
         config = formats.read_config(_read_json(source / "config.json"))
         weights = open_folder(source).renamed(formats.our_name)
@@ -82,7 +85,10 @@ def _write(
     # Written beside and renamed when complete: a folder that exists is a folder that can be loaded.
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"Cannot write to {out}: {error.strerror}. Name another folder.") from None
     if to is Format.MAMBA_SSM:
         write_bin(partial, theirs, dtype, formats.aliases(config, to))
     else:
