@@ -100,3 +100,40 @@ def test_export_names_a_checkpoint_of_a_folder_and_a_place_that_cannot_be_writte
         convert.export(one_checkpoint.parent, tmp_path / "out", "hf")
     with pytest.raises(UserError, match=r"Cannot write to .*Name another folder"):
         convert.export(one_checkpoint, Path("/proc/out"), "hf")
+
+
+def _refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.train_deepspeed(words)
+    shown = capfd.readouterr()
+    assert ended.value.code == 64 and shown.out == "", shown
+    return shown.err
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_difference(
+    one_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*options(tmp_path, model__d_model=48, model__n_layer=3), "--load_checkpoint", str(one_checkpoint)]
+    answer = _refused(words, capfd)
+    assert "d_model: 32, here 48" in answer and "n_layer: 2, here 3" in answer
+
+
+def test_a_folder_of_checkpoints_or_any_other_is_not_taken_for_one(
+    one_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for folder, said in ((one_checkpoint.parent, str(one_checkpoint)), (tmp_path, "name a folder step_N or final")):
+        assert said in _refused([*options(tmp_path), "--load_checkpoint", str(folder)], capfd)
+
+
+@pytest.mark.parametrize("data", ["", "."])
+def test_data_without_a_name_are_refused(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "mamba-train prepare" in _refused([*options(tmp_path), "--data", data], capfd)
+
+
+def test_a_wrong_value_is_named_by_its_option_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    answer = _refused(options(tmp_path, training__recompute="some", parallelism__precision="int8"), capfd)
+    assert "training.recompute: Input should be 'auto', 'none' or 'all' (given: 'some')" in answer
+    assert "parallelism.precision: Input should be 'bf16', 'fp16' or 'fp32' (given: 'int8')" in answer

@@ -38,7 +38,7 @@ def test_an_option_of_the_command_line_replaces_the_guides_name_of_it_in_a_file(
 
 
 def test_two_names_of_one_option_in_the_same_file_must_agree(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"n_layers \(3\) and n_layer \(4\) mean the same and differ"):
+    with pytest.raises(UserError, match=r"model.n_layers \(3\) and model.n_layer \(4\) mean the same and differ"):
         config_of(tmp_path, "model: {d_model: 64, n_layers: 3, n_layer: 4}\n")
     assert config_of(tmp_path, "model: {d_model: 64, n_layers: 3, n_layer: 3}\n").model.n_layer == 3
 

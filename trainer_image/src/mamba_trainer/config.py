@@ -369,7 +369,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     lines = ["The configuration is not valid:"]
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "configuration"
+        where = _place(item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"  {where}: unknown option")
             continue
@@ -377,3 +377,9 @@ def _explain(error: ValidationError) -> str:
         given = "" if isinstance(item["input"], (dict, BaseModel)) else f" (given: {item['input']!r})"
         lines.append(f"  {where}: {message}{given}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """Of an option that takes several types, pydantic adds the type it tried: `literal['auto']`, `constrained-int`."""
+    parts = [str(part) for part in location]
+    return ".".join(p for p in parts if "[" not in p and not p.startswith("constrained-")) or "configuration"

@@ -56,7 +56,8 @@ def translate_guide_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = source.pop(old)
         if target[new] != value:
-            raise ValueError(f"{old} ({value}) and {new} ({target[new]}) mean the same and differ: remove one")
+            theirs, ours = (key if name is None else f"{name}.{key}" for name, key in ((group, old), (new_group, new)))
+            raise ValueError(f"{theirs} ({value}) and {ours} ({target[new]}) mean the same and differ: remove one")
     _fold_accumulation(groups)
     return groups
 

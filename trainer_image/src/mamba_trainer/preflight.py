@@ -98,8 +98,8 @@ def _check_checkpoint(run: Run) -> None:
     from mamba_trainer.checkpoint.verify import BadCheckpoint, read_manifest
 
     facts = resume.RunFacts(run.plan.world_size, run.plan.zero_stage, run.config.fingerprint(), run.shard_layout())
-    if wanted != "auto" and not Path(wanted).is_dir():
-        raise UserError(f"There is no checkpoint {wanted}.")
+    if wanted != "auto":
+        _require_checkpoint(Path(wanted), run.config)
     for folder in candidates(run.config.checkpoint.directory) if wanted == "auto" else [Path(wanted)]:
         try:
             found = read_manifest(folder)
@@ -109,3 +109,29 @@ def _check_checkpoint(run: Run) -> None:
         if problem is not None:
             raise UserError(problem)
         return
+
+
+def _require_checkpoint(folder: Path, config: TrainerConfig) -> None:
+    """What was asked for by name is one checkpoint, and of this model; whether it is sound, the ranks find out."""
+    from mamba_trainer.checkpoint import layout
+    from mamba_trainer.checkpoint.commit import candidates
+    from mamba_trainer.checkpoint.verify import BadCheckpoint, read_manifest
+
+    if not folder.is_dir():
+        raise UserError(f"There is no checkpoint {folder}.")
+    if inside := candidates(folder):
+        raise UserError(
+            f"{folder} holds checkpoints, and is none itself. The newest that verifies: --load_checkpoint auto "
+            f"--checkpoint_dir {folder}\nJust one of them: --load_checkpoint {inside[0]}"
+        )
+    if not layout.is_checkpoint(folder.resolve().name):
+        raise UserError(f"{folder} is not a checkpoint: name a folder step_N or final.")
+    try:
+        saved = read_manifest(folder).extra.get("model", {})
+    except BadCheckpoint:
+        return
+    ours = config.model.model_dump(mode="json")
+    if different := [
+        f"  {name}: {saved[name]}, here {ours[name]}" for name in ours if saved.get(name, ours[name]) != ours[name]
+    ]:
+        raise UserError("\n".join([f"{folder} was saved with another model:", *different]))

@@ -23,7 +23,7 @@ _INTEGER_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def is_megatron(stem: Path) -> bool:
-    return stem.with_name(stem.name + ".idx").is_file()
+    return stem.name != "" and stem.with_name(stem.name + ".idx").is_file()
 
 
 def open_megatron(stem: Path) -> TokenStream:
