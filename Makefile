@@ -11,7 +11,7 @@ help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: $(READY) ## Train the tiny model on real text; run again to resume
-	@$(BIN)/python trainer_image/train_deepspeed.py --preset tiny
+	@$(BIN)/python trainer_image/train_deepspeed.py --preset tiny || test $$? -eq 75 # saved and stopped by Ctrl-C
 
 test: $(READY) ## All tests
 	@$(BIN)/python -m pytest

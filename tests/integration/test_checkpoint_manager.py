@@ -202,8 +202,17 @@ def test_a_run_started_from_a_checkpoint_goes_on_from_its_own_when_started_the_s
     assert list_names(tmp_path / "new") == ["step_4", "step_5"]
 
 
-def resume_and_save(_rank: int, directory: Path, requested: Path, steps: int) -> int:
-    run = Run(directory, config_hash="another")
+def test_a_third_configuration_starts_from_what_is_asked_for_again_not_from_the_second_ones_work(
+    checkpoints: Path,
+) -> None:
+    """As when a run is extended twice from the same checkpoint, by other and other numbers of steps."""
+    for configuration in ("longer", "longer still"):
+        after = run_ranks(resume_and_save, RANKS, checkpoints, checkpoints / "step_3", 1, configuration)
+        assert after == [3, 3]
+
+
+def resume_and_save(_rank: int, directory: Path, requested: Path, steps: int, config_hash: str = "another") -> int:
+    run = Run(directory, config_hash=config_hash)
     state = run.resume(requested)
     run.train(steps)
     run.save()

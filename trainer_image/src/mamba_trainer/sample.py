@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,12 +89,21 @@ def print_ending(run: Run) -> None:
     if data is not None and (meta := read_meta(data)) is not None:
         _print_sample(final, data)
         _print_baseline(data, meta)
+    command = _mamba_train()
     print(
-        f"\ncheckpoints: {directory}/ (verified: `mamba-train verify {directory}`)\n"
+        f"\ncheckpoints: {directory}/ (verified: `{command} verify {directory}`)\n"
         f"data:        {data}\n"
-        f"export:      mamba-train export {final} exported-model --format hf\n"
-        f"generate:    mamba-train generate {final} --prompt 'class '"
+        f"export:      {command} export {final} exported-model --format hf\n"
+        f"generate:    {command} generate {final} --prompt 'class '"
     )
+
+
+def _mamba_train() -> str:
+    """The command as this person can type it: on PATH, or in the environment that runs us."""
+    if shutil.which("mamba-train"):
+        return "mamba-train"
+    path = Path(sys.executable).with_name("mamba-train")
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _print_sample(final: Path, data: Path) -> None:

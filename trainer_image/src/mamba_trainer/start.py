@@ -70,10 +70,10 @@ def with_data(run: Run) -> Run:
     """`run` with its data opened once, built-in text prepared: mistakes show before any rank starts."""
     preflight.require_data(run.config)
     data = run.config.data
-    if data.path is None:
-        path = prepare_builtin(str(data.builtin), run.config.model.vocab_size)
-        data = data.model_copy(update={"path": path, "builtin": None})
-        run = run.model_copy(update={"config": run.config.model_copy(update={"data": data})})
+    path = data.path or prepare_builtin(str(data.builtin), run.config.model.vocab_size)
+    # Absolute: `generate` finds the tokenizer through run.json from wherever it is called.
+    data = data.model_copy(update={"path": path.absolute(), "builtin": None})
+    run = run.model_copy(update={"config": run.config.model_copy(update={"data": data})})
     if advice := preflight.check_data(run.config):
         print(advice)
     return run
@@ -91,7 +91,7 @@ def prepare_builtin(name: str, vocab_size: int) -> Path:
 
 
 def builtin_directory(name: str, vocab_size: int) -> Path:
-    return Path("data") / f"{name}-{vocab_size}"
+    return Path.cwd() / "data" / f"{name}-{vocab_size}"
 
 
 def _first_attempt(run: Run) -> int:

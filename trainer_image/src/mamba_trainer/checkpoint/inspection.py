@@ -37,7 +37,8 @@ def inspect(directory: Path) -> Iterator[Finding]:
         raise UserError(f"There is no checkpoint in {directory}: name a folder of step_N and final, or one of them.")
     yield from map(_examine, folders)
     for folder in aside:
-        yield Finding(folder, True, f"set aside before: {_reason(folder)}")
+        # Beside checkpoints it is history; where nothing else is left, a resume ends with NoValidCheckpoint.
+        yield Finding(folder, bool(folders), f"set aside before: {_reason(folder)}")
 
 
 def _examine(folder: Path) -> Finding:

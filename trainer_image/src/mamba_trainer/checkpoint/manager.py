@@ -169,12 +169,13 @@ class CheckpointManager:
         self._directory.open()
 
     def _has_gone_on(self) -> bool:
-        """Whether the newest checkpoint here descends from the one that was asked for."""
+        """Whether the newest checkpoint here is this very run's, gone on from the one that was asked for."""
         for folder in candidates(self._directory.path):
             try:
-                return read_manifest(folder).extra.get("startedFrom") == self._started_from
+                found = read_manifest(folder)
             except BadCheckpoint:
                 continue
+            return found.config_hash == self._run.config_hash and found.extra.get("startedFrom") == self._started_from
         return False
 
     def _begin(self, step: int, final: bool) -> Path:
