@@ -7,6 +7,7 @@ process, and the launcher forks its ranks; all else, signals and exit codes incl
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -235,7 +236,12 @@ def _become_a_process(environ: Mapping[str, str], stdout: int | None, stderr: in
     if stdout is not None:
         os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    os.closerange(3, 1024)
+    # Covered, not closed: objects of the parent close these numbers when they are collected, which must then not be
+    # those of new sockets.
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 a Path would open another one
+        if descriptor > 2 and descriptor != null:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.dup2(null, descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     kept = dict(environ)  # it may be os.environ itself

@@ -117,20 +117,21 @@ class _Launcher:
         return self._inbox.stop_requested
 
 
-#: Done, or nothing that the same command could mend.
-_NOT_WORTH_STARTING_AGAIN = {
-    ExitCode.DONE, ExitCode.USER_ERROR, ExitCode.NO_VALID_CHECKPOINT, ExitCode.DO_NOT_REQUEUE
-}  # fmt: skip
+#: Ends that the same command meets again.
+_NOT_MENDED_BY_A_START = {ExitCode.USER_ERROR, ExitCode.NO_VALID_CHECKPOINT, ExitCode.DO_NOT_REQUEUE}
 
 
 def _next_start(history: Sequence[AttemptRecord]) -> str:
     """An attempt that ended early did not learn what the directory holds; the one before it may have."""
-    if history[-1].outcome.exit_code in _NOT_WORTH_STARTING_AGAIN:
+    last = history[-1].outcome
+    if last.cause is Cause.DONE:
         return ""
     for outcome in (record.outcome for record in reversed(history)):
         known = [s for s in (outcome.last_checkpoint_step, outcome.resumed_from_step) if s is not None]
         if known:
             return f"Next start: step {max(known)}." if max(known) else "Next start: from the beginning."
+    if last.exit_code in _NOT_MENDED_BY_A_START:
+        return ""
     return "Next start: from the newest checkpoint, if there is one."
 
 
