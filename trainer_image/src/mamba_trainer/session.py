@@ -10,6 +10,7 @@ import torch.distributed as dist
 from mamba_trainer import engine as engines
 from mamba_trainer.callbacks.checkpoint import SaveCheckpoints
 from mamba_trainer.callbacks.evaluate import Evaluate
+from mamba_trainer.callbacks.monitor import Monitor
 from mamba_trainer.callbacks.profiler import Profile
 from mamba_trainer.callbacks.progress import Progress
 from mamba_trainer.callbacks.stability import Stability
@@ -58,9 +59,10 @@ def train(run: Run, reporter: RankReporter, stop: StopRequest) -> None:
         Progress(rank, reporter, config.model.flops_per_token(), run.hardware.peak_flops),
         Stability(reporter),
     ]
-    if validation is not None:
-        callbacks.append(Evaluate(validation, reporter))
-    callbacks.append(SaveCheckpoints(manager, reporter, rank))
+    evaluate = None if validation is None else Evaluate(validation, reporter)
+    if evaluate is not None:
+        callbacks.append(evaluate)
+    callbacks += [Monitor(evaluate), SaveCheckpoints(manager, reporter, rank)]
     if config.reporting.profile_steps and rank == 0:
         callbacks.append(Profile(config.reporting.profile_steps, config.checkpoint.directory / "profile"))
     trainer = Trainer(config, plan, engine, training, stop, callbacks)
