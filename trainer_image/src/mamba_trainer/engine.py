@@ -161,7 +161,8 @@ def create(config: TrainerConfig, plan: TrainingPlan, device: torch.device) -> E
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     _undo_initial_step(engine)
     if plan.zero_stage in (1, 2):
-        engine.optimizer.check_grad_overflow = True  # in fp32 DeepSpeed leaves the check out
+        # In fp32, DeepSpeed 0.19.6 steps on non-finite gradients without this; 0.19.8 looks at their norm anyway.
+        engine.optimizer.check_grad_overflow = True
     if config.parallelism.master_dtype == "bf16":
         widen_masters(engine, sum(group["kind"] == "fp32" for group in engine.optimizer.param_groups))
     fp32_values = Fp32Values(model, engine, device)
